@@ -1,0 +1,34 @@
+"""Checkpoints on disk: written atomically, read back only into the run they belong to."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lra.errors import UserError
+
+
+def save(content: Any, path: Path) -> None:
+    """Writes beside `path` and renames, so that a killed process leaves the old file whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    torch.save(content, part)
+    with open(part, "rb") as file:
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def load(path: Path, *, config_hash: str, seed: int) -> dict[str, Any]:
+    """The checkpoint at `path`; UserError if it is damaged or of another config."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        found = (saved["config_hash"], saved["seed"])
+    except Exception as error:
+        raise UserError(f"checkpoint {path} cannot be read ({error}); delete it to start the run again") from error
+    if found != (config_hash, seed):
+        raise UserError(
+            f"checkpoint {path} belongs to another config (hash {found[0]}, seed {found[1]}); this run is "
+            f"{config_hash}, seed {seed}. Delete its folder, or point LRA_RUNS at another one"
+        )
+    return saved

@@ -1,0 +1,190 @@
+"""The command `lra`. Each verb is a thin call into one module; errors of the user's end here as one message."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from lra import __version__
+from lra.errors import UserError, unknown
+
+OK, SOME_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+VERBS = {
+    "train": "one run; with -m, comma lists make a sweep",
+    "measure": "time and peak memory per length, without a data set",
+    "data": "prepare, verify, show, stats, export: the data of a task",
+    "list": "models, tasks or papers",
+    "table": "records as a table",
+    "plot": "accuracy against speed as a figure",
+    "check-model": "the conformance suite for one mechanism",
+}
+
+USAGE = """usage: lra VERB [key=value ...] [--flags]
+
+{verbs}
+
+What defines a run is an override (task= model= paper= length= seed= batch_size=, then task.KEY= model.KEY=
+train.KEY=); what shapes output is a flag. For example:
+
+  lra train task=listops model=linear length=64
+  lra train task=listops model=softmax,linear seed=0,1 -m
+  lra measure model=softmax,linear length=1024,4096 mode=train,infer
+  lra table
+
+lra VERB --help says more about a verb."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb and returns the exit status: 0 done, 1 some runs failed, 2 bad input, 130/143 interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("lra").setLevel(logging.INFO if os.environ.get("LRA_VERBOSE") else logging.WARNING)
+    from lra.stop import Stop
+
+    try:
+        return _run(argv)
+    except UserError as error:
+        print(f"lra: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except Stop as stop:
+        print(f"lra: {stop}; the same command goes on from there", file=sys.stderr)
+        return stop.exit_status
+    except KeyboardInterrupt:
+        print("lra: interrupted; runs that had begun go on from their last checkpoint", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+
+
+def _run(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(USAGE.format(verbs="\n".join(f"  {verb:<12} {text}" for verb, text in VERBS.items())))
+        return OK if argv else BAD_INPUT
+    if argv[0] == "--version":
+        print(f"lra {__version__}")
+        return OK
+    verb, rest = argv[0], argv[1:]
+    if verb not in VERBS:
+        raise unknown("verb", verb, VERBS)
+    return _verbs()[verb](rest)
+
+
+def _verbs() -> dict[str, Callable[[list[str]], int]]:
+    return {
+        "train": _train,
+        "measure": _measure,
+        "data": _data,
+        "list": _list,
+        "table": _table,
+        "plot": _plot,
+        "check-model": _check_model,
+    }
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with our exit path: its errors become a UserError."""
+
+    def error(self, message: str):
+        raise UserError(f"{message}; {self.prog} --help shows what is allowed")
+
+
+def _overrides(parser: Parser, argv: list[str]) -> argparse.Namespace:
+    """Flags and overrides in any order; what is neither is refused."""
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_intermixed_args(argv)
+    for override in args.overrides:
+        if "=" not in override:
+            raise UserError(f"'{override}' is not an override; write key=value, as in task=listops")
+    return args
+
+
+def _train(argv: list[str]) -> int:
+    parser = Parser(prog="lra train", description="Train and test one run, or a sweep. Done runs are not run again.")
+    parser.add_argument("-m", "--multirun", action="store_true", help="run every combination of the comma lists")
+    parser.add_argument("--force", action="store_true", help="run again what is done, from the start")
+    parser.add_argument("--config", action="store_true", help="print the resolved settings and stop")
+    args = _overrides(parser, argv)
+    from lra.launch import sweep
+
+    if args.config:
+        return _print_config(args.overrides)
+    records = sweep.train(args.overrides, multirun=args.multirun, force=args.force)
+    _print_table(records)
+    return OK if all(record.status == "ok" for record in records) else SOME_FAILED
+
+
+def _print_config(overrides: list[str]) -> int:
+    import yaml
+
+    from lra.config import compose
+
+    print(yaml.safe_dump(compose(overrides).as_dict(), sort_keys=False), end="")
+    return OK
+
+
+def _measure(argv: list[str]) -> int:
+    parser = Parser(
+        prog="lra measure",
+        description="Time and peak memory of a training step or a forward pass on full rows of made-up tokens. "
+        "Comma lists are expanded; also mode=train,infer and tokens=N (rows a batch = N / length).",
+    )
+    parser.add_argument("--force", action="store_true", help="measure again what is on disk")
+    args = _overrides(parser, argv)
+    from lra.measure import measure
+
+    records = measure(args.overrides, force=args.force, on_record=_say_cell)
+    _print_table(records, "measure")
+    return OK if all(record.status == "ok" for record in records) else SOME_FAILED
+
+
+def _say_cell(record) -> None:
+    result = f"{record.step_ms:.2f} ms" if record.status == "ok" else f"{record.status}: {record.reason}"
+    print(f"{record.model} {record.length} {record.extra['mode']}: {result}", file=sys.stderr)
+
+
+def _print_table(records: list, folder: str = "") -> None:
+    from lra.records import runs_root
+    from lra.report.cli import table_main
+
+    table_main([str(runs_root() / folder / record.run_id) for record in records])
+
+
+def _data(argv: list[str]) -> int:
+    from lra.data.cli import main as data_main
+
+    return data_main(argv)
+
+
+def _list(argv: list[str]) -> int:
+    parser = Parser(prog="lra list", description="Names with one line each.")
+    parser.add_argument("what", choices=("models", "tasks", "papers"))
+    parser.add_argument("--json", action="store_true", help="a list of objects with `name`")
+    parser.add_argument("--leaks", action="store_true", help="models: measured effect of padding and batch mates")
+    args = parser.parse_args(argv)
+    from lra.listing import listing, render
+
+    rows = listing(args.what, leaks=args.leaks)
+    print(json.dumps(rows, indent=2) if args.json else render(rows))
+    return OK
+
+
+def _table(argv: list[str]) -> int:
+    from lra.report.cli import table_main
+
+    return table_main(argv)
+
+
+def _plot(argv: list[str]) -> int:
+    from lra.report.cli import plot_main
+
+    return plot_main(argv)
+
+
+def _check_model(argv: list[str]) -> int:
+    from lra.conformance import main as check_main
+
+    return check_main(argv)

@@ -1,0 +1,77 @@
+"""What one training step costs beside time: floating-point operations and peak memory.
+
+On a GPU memory is read from PyTorch's allocator. On the CPU no such counter exists and the process size says little
+(the C library keeps freed memory), so the allocations of one step are followed by the profiler instead.
+"""
+
+import copy
+import os
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from lra.data.batch import Batch
+from lra.step import Step
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its progress lines would land in the middle of ours
+
+MIB = 2**20
+CPU_METHOD = "weights and optimizer state, plus the peak of live allocations in one profiled step"
+CUDA_METHOD = "peak of PyTorch's CUDA allocator after warm-up, without the data kept on the device"
+
+
+class Trial:
+    """A copy of a step that can be run without touching the training run: other weights, same random state after."""
+
+    def __init__(self, step: Step) -> None:
+        self.device = step.device
+        self.step = Step(copy.deepcopy(step.model), step.config, step.device, "eager")
+
+    def flops(self, parts: list[Batch]) -> int:
+        """Floating-point operations of one step as PyTorch counts them: products and attention, not elementwise."""
+        counter = FlopCounterMode(display=False)
+        with self._fork(), counter:
+            self.step(parts, lr=0.0)
+        return counter.get_total_flops()
+
+    def cpu_peak_mib(self, parts: list[Batch]) -> float:
+        """Peak MiB of a step on the CPU: what stays (weights, optimizer state) and the most that is live at once."""
+        with self._fork():
+            self.step(parts, lr=0.0)  # makes the optimizer's state
+            self.step.optimizer.zero_grad(set_to_none=True)
+            return (self._persistent_bytes() + peak_bytes(lambda: self.step(parts, lr=0.0))) / MIB
+
+    def _persistent_bytes(self) -> int:
+        model, optimizer = self.step.model, self.step.optimizer
+        tensors = [*model.parameters(), *model.buffers()]
+        tensors += [x for state in optimizer.state.values() for x in state.values() if torch.is_tensor(x)]
+        return sum(x.numel() * x.element_size() for x in tensors)
+
+    def _fork(self):
+        return torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
+
+
+def peak_bytes(function) -> int:
+    """The most bytes of CPU tensors that calling `function` holds at once, beyond what is held before."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+        function()
+    changes = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = peak = 0
+    for change in sorted(changes, key=lambda e: e.start_ns()):
+        live += change.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+def reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def cuda_peak_mib(device: torch.device, data_bytes: int) -> float:
+    return (torch.cuda.max_memory_allocated(device) - data_bytes) / MIB
+
+
+def reserved_mib(device: torch.device) -> float | None:
+    return torch.cuda.max_memory_reserved(device) / MIB if device.type == "cuda" else None

@@ -1,0 +1,1 @@
+"""Sweeps: which runs are wanted, which are done, and what runs where."""

@@ -1,0 +1,77 @@
+"""From overrides to finished runs: expand, check everything first, prepare the data, skip what is done, launch."""
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+
+from lra import environment, run
+from lra.config import RunConfig, compose, expand
+from lra.data.prepare import prepare
+from lra.errors import UserError
+from lra.launch.display import Display
+from lra.launch.local import Job, run_all
+from lra.records import Record
+from lra.train import choose_layout
+
+log = logging.getLogger(__name__)
+
+
+def train(overrides: Sequence[str], *, multirun: bool = False, force: bool = False) -> list[Record]:
+    """Runs one config, or with `multirun` every combination; returns their records in the order asked for.
+
+    Every config is resolved before the first run starts, so that a typing error in one costs nothing.
+    """
+    configs = [compose(one) for one in expand(overrides)] if multirun else [compose(overrides)]
+    for config in configs:
+        choose_layout(config)
+        environment.pick_device(config.train.device)
+    labels = {"command": environment.command()}
+    if multirun:
+        labels["sweep"] = f"sweep-{time.strftime('%Y%m%d-%H%M%S')}"
+    if not multirun:
+        return [_run_here(configs[0], force=force, labels=labels)]
+    return _run_sweep(configs, force=force, labels=labels)
+
+
+def _run_here(config: RunConfig, *, force: bool, labels: dict[str, Any]) -> Record:
+    store = prepare(config.task, config.length)
+    run_id = config.run_id(store.data_hash)
+    with Display(1) as display:
+        display({"kind": "start", "run_id": run_id})
+        record = run.execute(
+            config, progress=lambda event: display({"kind": "progress", **event}), force=force, **labels
+        )
+        display({"kind": "end", "record": record})
+    return record
+
+
+def _run_sweep(configs: list[RunConfig], *, force: bool, labels: dict[str, Any]) -> list[Record]:
+    stores = {}
+    for config in configs:
+        key = config.task.folder_name(config.length)
+        stores[key] = stores.get(key) or prepare(config.task, config.length)
+    finished: dict[str, Record] = {}
+    jobs: list[Job] = []
+    order = []
+    for config in configs:
+        store = stores[config.task.folder_name(config.length)]
+        run_id = config.run_id(store.data_hash)
+        if run_id in order:
+            raise UserError(f"the sweep asks twice for the same run {run_id}; take the doubled value out of the list")
+        order.append(run_id)
+        record = None if force else run.done(config, store)
+        if record is not None:
+            finished[run_id] = record
+        else:
+            jobs.append(Job(run_id, config.overrides, labels, force))
+    console = Console(stderr=True)
+    if finished:
+        console.print(f"{len(finished)} of {len(order)} runs are done already", highlight=False)
+    if jobs:
+        with Display(len(jobs), console=console) as display:
+            for record in run_all(jobs, on_event=display):
+                finished[record.run_id] = record
+    return [finished[run_id] for run_id in order if run_id in finished]

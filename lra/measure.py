@@ -1,0 +1,218 @@
+"""Time and peak memory of a mechanism at a length, on full rows of made-up tokens; needs no data set."""
+
+import dataclasses
+import hashlib
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lra import cost, environment, records
+from lra.config import RunConfig, compose, expand
+from lra.data.batch import Batch
+from lra.errors import UserError, unknown
+from lra.layout import Packed, Padded
+from lra.records import Record
+from lra.run import is_out_of_memory, make_folder, release_memory
+from lra.step import Step, choose_mode
+from lra.train import build_model, choose_layout
+
+MODES = ("train", "infer")
+WARMUP_CALLS = 3
+MIN_CALLS, MIN_SECONDS = 10, 1.0  # a cell is timed at least this often and this long
+DEFAULT_LENGTHS = "1024,4096"
+
+
+def measure(overrides: Sequence[str], *, force: bool = False, on_record=lambda record: None) -> list[Record]:
+    """One record per combination of the overrides, `mode=` and `tokens=` among them; done cells are only read."""
+    records_made = []
+    for cell in cells(overrides):
+        record = measure_cell(*cell, force=force)
+        on_record(record)
+        records_made.append(record)
+    return records_made
+
+
+def cells(overrides: Sequence[str]) -> list[tuple[RunConfig, str]]:
+    """The configs and modes that the overrides ask for, each checked before the first is measured."""
+    given = {override.split("=", 1)[0]: override.split("=", 1)[1] for override in overrides if "=" in override}
+    modes = given.get("mode", "train").split(",")
+    for mode in modes:
+        if mode not in MODES:
+            raise unknown("mode", mode, MODES)
+    if "tokens" in given and "batch_size" in given:
+        raise UserError("tokens= and batch_size= both fix the batch; give one of them")
+    rest = [override for override in overrides if override.split("=", 1)[0] not in ("mode", "tokens")]
+    if "length" not in given:
+        rest.append(f"length={DEFAULT_LENGTHS}")
+    found = []
+    for one in expand(rest):
+        config = compose(one, any_length=True)
+        if "tokens" in given:
+            config = dataclasses.replace(config, batch_size=_rows(given["tokens"], config.length))
+        choose_layout(config)
+        environment.pick_device(config.train.device)
+        found += [(config, mode) for mode in modes]
+    return found
+
+
+def _rows(tokens: str, length: int) -> int:
+    if not tokens.isdigit() or int(tokens) < 1:
+        raise UserError(f"tokens={tokens} is not a positive whole number")
+    return max(1, int(tokens) // length)
+
+
+def measure_cell(config: RunConfig, mode: str, *, force: bool = False) -> Record:
+    """The record of one cell; out of memory and unsupported lengths are results."""
+    device = environment.pick_device(config.train.device)
+    record = _describe(config, mode, device)
+    folder = records.runs_root() / "measure" / record.run_id
+    if not force and (folder / "record.json").is_file():
+        return records.read(folder)
+    make_folder(folder)
+    with records.lock(folder):
+        started = time.perf_counter()
+        try:
+            record = dataclasses.replace(record, status="ok", **_measure(config, mode, device))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            record = dataclasses.replace(record, status="oom", reason=" ".join(str(error).split())[:300])
+        finally:
+            release_memory()
+        record = dataclasses.replace(record, wall_s=time.perf_counter() - started)
+        records.write(record, folder)
+    return record
+
+
+def _measure(config: RunConfig, mode: str, device: torch.device) -> dict[str, Any]:
+    environment.set_precision(config.train.precision, deterministic=config.train.deterministic)
+    environment.seed_everything(config.seed)
+    continuous = config.task.input == "continuous"
+    model = build_model(config, vocab_size=None if continuous else config.task.vocab_size).to(device)
+    step_mode, _ = choose_mode(config.train, device)
+    step = Step(model, config.train, device, step_mode)
+    batch = made_up_batch(config, device)
+
+    def train() -> Tensor:
+        return step([batch], lr=0.0)
+
+    @torch.no_grad()
+    def infer() -> Tensor:
+        return step.logits(batch)
+
+    model.train(mode == "train")
+    call = train if mode == "train" else infer
+    compile_s = -time.perf_counter()
+    call()
+    environment.synchronize(device)
+    compile_s += time.perf_counter()
+    for _ in range(WARMUP_CALLS):
+        call()
+    environment.synchronize(device)
+    cost.reset_peak(device)
+    times = _time(call, device)
+    median = statistics.median(times)
+    rows = config.batch_size
+    found = {
+        "num_params": sum(p.numel() for p in model.parameters()),
+        "state_size": model.mechanisms()[0].state_size(config.padded_length),
+        "step_ms": median * 1e3,
+        "examples_per_s": rows / median,
+        "tokens_per_s": rows * config.length * config.task.documents / median,
+        "padded_tokens_per_s": rows * config.padded_length * config.task.documents / median,
+        "compile_s": compile_s if step_mode == "compiled" else None,
+        "step_mode": step_mode,
+        "reserved_mib": cost.reserved_mib(device),
+        "num_steps": len(times),
+    }
+    spread = np.percentile(times, [25, 75]) * 1e3
+    found["extra"] = {"mode": mode, "step_ms_quartiles": spread.tolist(), "peak_mem_method": cost.CPU_METHOD}
+    trial = cost.Trial(step)
+    if device.type == "cuda":
+        data_bytes = batch.inputs.numel() * batch.inputs.element_size()
+        found["peak_mem_mib"] = cost.cuda_peak_mib(device, data_bytes)
+        found["extra"]["peak_mem_method"] = cost.CUDA_METHOD
+    elif mode == "train":
+        found["peak_mem_mib"] = trial.cpu_peak_mib([batch])
+    else:
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        found["peak_mem_mib"] = (weights + cost.peak_bytes(infer)) / cost.MIB
+    if mode == "train":
+        found["flops_per_step"] = trial.flops([batch])
+    return found
+
+
+def _time(call, device: torch.device) -> list[float]:
+    """Seconds of each call, synchronised; GPU calls by device events, so that launch gaps of the host do not count
+    twice but waiting for launches does."""
+    times: list[float] = []
+    while len(times) < MIN_CALLS or sum(times) < MIN_SECONDS:
+        if device.type == "cuda":
+            before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            before.record()
+            call()
+            after.record()
+            torch.cuda.synchronize(device)
+            times.append(before.elapsed_time(after) / 1e3)
+        else:
+            started = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - started)
+    return times
+
+
+def made_up_batch(config: RunConfig, device: torch.device) -> Batch:
+    """Full rows of random ids or values, of exactly the length."""
+    sequences, length = config.batch_size * config.task.documents, config.length
+    generator = torch.Generator().manual_seed(config.seed)
+    if config.task.input == "continuous":
+        inputs = torch.randn(sequences, length, 1, generator=generator)
+    else:
+        inputs = torch.randint(1, config.task.vocab_size, (sequences, length), generator=generator)
+    labels = torch.randint(0, config.task.num_classes, (config.batch_size,), generator=generator).to(device)
+    inputs = inputs.to(device)
+    if choose_layout(config) == "padded":
+        layout = Padded(sequences, length, None, device)
+    else:
+        cu_seqlens = torch.arange(sequences + 1, dtype=torch.int32, device=device) * length
+        layout = Packed(cu_seqlens, sequences * length, length, full=True)
+        inputs = inputs.flatten(0, 1)
+    return Batch(inputs, labels, layout, np.arange(config.batch_size), sequences * length)
+
+
+def _describe(config: RunConfig, mode: str, device: torch.device) -> Record:
+    name, backbone = environment.device_name(device), config.model.backbone
+    what = [config.identity(), mode, name, torch.__version__]
+    digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
+    return Record(
+        kind="measure",
+        run_id=f"measure-{config.model.name}-{config.length}-{mode}-{digest}",
+        status="failed",
+        task=config.task.name,
+        model=config.model.name,
+        paper=None if config.paper.name == "none" else config.paper.name,
+        recipe_version=config.recipe_version,
+        deviations=list(config.deviations),
+        length=config.length,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        d_model=backbone.d_model,
+        num_layers=backbone.num_layers,
+        device=name,
+        num_devices=1,
+        host=environment.host(),
+        precision=config.train.precision,
+        layout=choose_layout(config),
+        torch=torch.__version__,
+        versions=environment.versions(),
+        git_revision=environment.git_revision(),
+        command=environment.command(),
+        config_hash=digest,
+        extra={"mode": mode, "own": config.model.own},
+    )

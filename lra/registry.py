@@ -1,0 +1,131 @@
+"""Names to mechanism classes. The only way into `models` from the harness.
+
+`models` is the package that lies beside `lra`, in a clone and in an installed wheel alike. Importing `lra` makes
+`import models` find it wherever lra is run; one that was imported before that is refused.
+"""
+
+import copy
+import dataclasses
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from omegaconf import MISSING
+
+from lra import MODELS
+from lra.errors import UserError, unknown
+from lra.schema import BackboneConfig
+
+SUPPORT_FILES = ("__init__", "common", "layers")
+
+
+def load_models() -> ModuleType:
+    """Our package `models`; UserError if another one of that name was imported first."""
+    models = importlib.import_module("models")
+    path = Path(getattr(models, "__file__", None) or "an unknown place").resolve()
+    if path.parent != MODELS:
+        raise UserError(
+            f"another package called 'models' is already imported from {path}; lra needs its own in {MODELS}. "
+            "Start lra in a process that does not import the other one, or rename it"
+        )
+    return models
+
+
+def names() -> list[str]:
+    """Every mechanism in the repository, read from the file names, so that listing them imports nothing."""
+    return sorted(f.stem for f in MODELS.glob("*.py") if f.stem not in SUPPORT_FILES)
+
+
+def get(name: str, target: str | None = None) -> type:
+    """The class of mechanism `name`, or of `target` ("pkg.mod:Class" or "file.py:Class") for name 'custom'."""
+    models = load_models()
+    if name == "custom":
+        if not target:
+            raise UserError("model=custom needs model.target=pkg.mod:Class, the mechanism to use")
+        return load_target(target)
+    if name not in models.names():
+        raise unknown("model", name, [*models.names(), "custom"])
+    return models.get(name)
+
+
+def load_target(target: str) -> type:
+    """A Mixer or Block class from outside the repository; the current folder is searched last."""
+    models = load_models()
+    path, _, class_name = target.partition(":")
+    if not path or not class_name:
+        raise UserError(f"target '{target}' is not of the form pkg.mod:Class (or file.py:Class)")
+    try:
+        module = _load_file(Path(path)) if path.endswith(".py") else _import_with_cwd(path)
+    except ImportError as error:
+        raise UserError(f"cannot import '{path}' of target '{target}': {error}; run lra where it can be imported") from error
+    found = getattr(module, class_name, None)
+    if found is None:
+        classes = [n for n, v in vars(module).items() if isinstance(v, type)]
+        raise unknown(f"class in {path}", class_name, classes)
+    if not (isinstance(found, type) and issubclass(found, (models.Mixer, models.Block))):
+        raise UserError(f"target '{target}' is not a subclass of models.Mixer or models.Block")
+    return found
+
+
+def _import_with_cwd(name: str) -> ModuleType:
+    cwd = str(Path.cwd())
+    if cwd not in sys.path:
+        sys.path.append(cwd)
+    return importlib.import_module(name)
+
+
+def _load_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise UserError(f"target file {path} does not exist")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def build(model, place):
+    """One mechanism of a `ModelConfig` at a place; it also gets the backbone settings that its constructor names."""
+    cls = get(model.name, model.target)
+    models = load_models()
+    settings = {f.name: getattr(model.backbone, f.name) for f in dataclasses.fields(model.backbone)}
+    settings["act_dropout"] = model.backbone.inner_dropout
+    asked_for = models.common.own_parameters(cls)
+    shared = {name: value for name, value in settings.items() if name in asked_for}
+    try:
+        return models.common.create(cls, place, **{**shared, **model.own})
+    except ValueError as error:
+        raise UserError(f"model '{model.name}': {error}") from error
+
+
+def accepts(model) -> set[str]:
+    """Every keyword argument the constructor of a `ModelConfig`'s mechanism takes."""
+    cls = get(model.name, model.target)
+    return set(load_models().common.own_parameters(cls))
+
+
+def own_schema(name: str, target: str | None = None) -> type:
+    """A dataclass of the mechanism's own parameters, made from its constructor; backbone settings are left out."""
+    backbone = {f.name for f in dataclasses.fields(BackboneConfig)}
+    parameters = load_models().common.own_parameters(get(name, target))
+    fields = []
+    for parameter in parameters.values():
+        if parameter.name in backbone:
+            continue
+        default = MISSING if parameter.default is parameter.empty else parameter.default
+        kind = Any if parameter.annotation is parameter.empty else parameter.annotation
+        copied = isinstance(default, list | dict)
+        value = dataclasses.field(default_factory=lambda d=default: copy.copy(d)) if copied else default
+        fields.append((parameter.name, kind, value))
+    return dataclasses.make_dataclass(f"{name}Parameters", fields)
+
+
+def own_names(name: str, target: str | None = None) -> list[str]:
+    return [f.name for f in dataclasses.fields(own_schema(name, target))]
+
+
+def own_defaults(model) -> dict[str, Any]:
+    """The defaults of the mechanism's own parameters, by name."""
+    return {f.name: f.default for f in dataclasses.fields(own_schema(model.name, model.target))}

@@ -1,0 +1,174 @@
+"""One run from its config to its record: data, folder, lock, status."""
+
+import contextlib
+import dataclasses
+import logging
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from lra import environment, records
+from lra.config import RunConfig, compose
+from lra.data.prepare import prepare
+from lra.data.store import Store
+from lra.errors import UserError
+from lra.records import Record
+from lra.train import LAST, Diverged, Progress, Trainer
+
+log = logging.getLogger(__name__)
+
+FINAL = ("ok", "diverged", "unsupported")  # statuses that another try would only repeat
+
+
+def folder_of(config: RunConfig, store: Store) -> Path:
+    return records.runs_root() / config.run_id(store.data_hash)
+
+
+def done(config: RunConfig, store: Store) -> Record | None:
+    """The record of a run that need not be run again."""
+    folder = folder_of(config, store)
+    if not (folder / "record.json").is_file():
+        return None
+    record = records.read(folder)
+    return record if record.status in FINAL else None
+
+
+def execute(config: RunConfig, *, progress: Progress | None = None, force: bool = False, **labels: Any) -> Record:
+    """Runs `config` to its end and writes its record; a run that is done already is only read.
+
+    `labels` (command, sweep) go into the record as they are. UserError, Stop and Ctrl-C pass through; out of
+    memory, divergence and any other error become the record's status.
+    """
+    started = time.perf_counter()
+    store = prepare(config.task, config.length)
+    data_s = time.perf_counter() - started
+    if not force and (record := done(config, store)) is not None:
+        log.info("%s is done already (%s)", record.run_id, record.status)
+        return record
+    folder = folder_of(config, store)
+    make_folder(folder)
+    with records.lock(folder), log_to(folder / "log.txt"):
+        records.archive(folder)
+        if force:
+            (folder / LAST).unlink(missing_ok=True)
+        (folder / "config.yaml").write_text(yaml.safe_dump(config.as_dict(), sort_keys=False))
+        record = describe(config, store)
+        try:
+            record = train(record, config, store, folder, progress)
+        finally:
+            release_memory()
+        record = dataclasses.replace(record, data_s=data_s, **labels)
+        records.write(record, folder)
+    return record
+
+
+def train(record: Record, config: RunConfig, store: Store, folder: Path, progress: Progress | None) -> Record:
+    """The record with what training measured, or with the status and reason of its failure."""
+    trainer = None
+    try:
+        trainer = Trainer(config, store, folder, progress=progress)
+        device = trainer.device
+        record = dataclasses.replace(
+            record,
+            num_params=sum(p.numel() for p in trainer.model.parameters()),
+            state_size=trainer.model.mechanisms()[0].state_size(config.padded_length),
+            device=environment.device_name(device),
+            step_mode=trainer.mode,
+            layout=trainer.layout,
+        )
+        measured = trainer.run()
+        return dataclasses.replace(record, status="ok", **measured)
+    except Diverged as error:
+        return dataclasses.replace(record, status="diverged", reason=str(error), num_steps=trainer.state.step)
+    except UserError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            return dataclasses.replace(record, status="oom", reason=" ".join(str(error).split())[:300])
+        log.error("%s failed:\n%s", record.run_id, traceback.format_exc())
+        return dataclasses.replace(record, status="failed", reason=f"{type(error).__name__}: {error}"[:500])
+
+
+def describe(config: RunConfig, store: Store) -> Record:
+    """A record of what is known before the run starts."""
+    backbone, data_hash = config.model.backbone, store.data_hash
+    own_defaults = config.identity()["model"]
+    return Record(
+        kind="train",
+        run_id=config.run_id(data_hash),
+        status="failed",
+        task=config.task.name,
+        model=config.model.name,
+        paper=None if config.paper.name == "none" else config.paper.name,
+        recipe_version=config.recipe_version,
+        deviations=list(config.deviations),
+        length=config.length,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        d_model=backbone.d_model,
+        num_layers=backbone.num_layers,
+        selection=config.train.selection,
+        num_devices=1,
+        host=environment.host(),
+        precision=config.train.precision,
+        torch=torch.__version__,
+        versions=environment.versions(),
+        git_revision=environment.git_revision(),
+        config_hash=config.config_hash(data_hash),
+        data_hash=data_hash,
+        data_origin=store.data_origin,
+        data_variant=store.data_variant,
+        extra={"own": {k: v for k, v in config.model.own.items() if k in own_defaults}},
+    )
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "log.txt").touch()
+    except OSError as error:
+        raise UserError(
+            f"cannot write the run folder {folder}: {error.strerror or error}; set LRA_RUNS to a folder you may write to"
+        ) from error
+
+
+@contextlib.contextmanager
+def log_to(path: Path) -> Iterator[None]:
+    """Everything that lra logs goes into the run's log.txt too."""
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("lra")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """PyTorch raises its own error on a GPU and a plain RuntimeError on the CPU."""
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text
+
+
+def release_memory() -> None:
+    """Gives the last run's memory back before the next one of the same process starts."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def write_failure(overrides: tuple[str, ...], reason: str, **labels: Any) -> Record:
+    """Writes the record of a run whose process could not."""
+    config = compose(overrides)
+    store = prepare(config.task, config.length)
+    folder = folder_of(config, store)
+    make_folder(folder)
+    record = dataclasses.replace(describe(config, store), status="failed", reason=reason, **labels)
+    records.write(record, folder)
+    return record

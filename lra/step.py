@@ -1,0 +1,118 @@
+"""One optimisation step: forward, backward, clipping, optimizer. Eager and compiled are one interface."""
+
+import logging
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lra.backbone import Backbone
+from lra.data.batch import Batch
+from lra.layout import Layout, Packed, Padded
+from lra.schema import TrainConfig
+
+log = logging.getLogger(__name__)
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+COMPILE_PAYS_FROM = 20_000  # steps: compiling costs one to three minutes for all batch sizes of a run
+
+
+def choose_mode(config: TrainConfig, device: torch.device) -> tuple[str, str]:
+    """The step mode and why: what the config names, else eager unless a long run on a GPU pays for compiling."""
+    if config.step_mode != "auto":
+        return config.step_mode, "as asked"
+    if device.type == "cuda" and config.num_steps >= COMPILE_PAYS_FROM:
+        return "compiled", f"{config.num_steps} steps on a GPU pay for compiling"
+    return "eager", f"{config.num_steps} steps on {device.type} do not pay for compiling"
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Parameters by the tags `lr_scale` and `no_weight_decay` that mechanisms put on them."""
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        key = (getattr(parameter, "lr_scale", 1.0), getattr(parameter, "no_weight_decay", False))
+        groups.setdefault(key, []).append(parameter)
+    return [
+        {"params": params, "lr_scale": scale, "weight_decay": 0.0 if plain else weight_decay}
+        for (scale, plain), params in groups.items()
+    ]
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
+    cls = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.optimizer]
+    groups = parameter_groups(model, config.weight_decay)
+    return cls(groups, lr=config.lr, betas=tuple(config.betas), eps=config.eps, fused=True)
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager:
+    """The autocast region of a forward pass; fp32 and tf32 have none."""
+    return torch.autocast(device.type, dtype=AUTOCAST[precision]) if precision in AUTOCAST else nullcontext()
+
+
+class Step:
+    """Called with the parts of one batch, updates the weights once and returns the mean loss, on the device."""
+
+    def __init__(self, model: Backbone, config: TrainConfig, device: torch.device, mode: str) -> None:
+        self.model, self.config, self.device, self.mode = model, config, device, mode
+        self.optimizer = make_optimizer(model, config, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+        # A run has at most a handful of batch sizes, each compiled once for its static shapes.
+        self._compiled = torch.compile(_logits, dynamic=False)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """[b num_classes] in float32, under the precision of the run."""
+        with autocast(self.config.precision, self.device):
+            if self.mode == "eager":
+                return self.model(batch.inputs, batch.layout).float()
+            return self._compiled(self.model, batch.inputs, *_plain(batch.layout)).float()
+
+    def loss(self, batch: Batch) -> Tensor:
+        loss = F.cross_entropy(self.logits(batch), batch.labels)
+        extra = self.model.aux_loss()
+        return loss if extra is None else loss + extra
+
+    def __call__(self, parts: list[Batch], *, lr: float, beta1: float | None = None) -> Tensor:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+            if beta1 is not None:
+                group["betas"] = (beta1, group["betas"][1])
+        rows = sum(len(part.labels) for part in parts)
+        total = torch.zeros((), device=self.device)
+        self.optimizer.zero_grad(set_to_none=True)
+        for part in parts:
+            loss = self.loss(part) * (len(part.labels) / rows)
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+        self._clip(self.model.parameters())
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return total
+
+    def _clip(self, parameters: Iterable[nn.Parameter]) -> None:
+        if self.config.clip_norm is None and self.config.clip_value is None:
+            return
+        self.scaler.unscale_(self.optimizer)
+        parameters = list(parameters)
+        if self.config.clip_value is not None:
+            nn.utils.clip_grad_value_(parameters, self.config.clip_value)
+        if self.config.clip_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, self.config.clip_norm)
+
+
+def _logits(model: Backbone, inputs: Tensor, where: Tensor | None, shape: tuple) -> Tensor:
+    """The forward pass from plain tensors and numbers, the form that compiles without guards on layouts."""
+    layout: Layout
+    if shape[0] == "packed":
+        layout = Packed(where, *shape[1:])
+    else:
+        layout = Padded(*shape[1:], mask=where, device=inputs.device)
+    return model(inputs, layout)
+
+
+def _plain(layout: Layout) -> tuple[Tensor | None, tuple]:
+    """A layout as its tensor and its numbers; `_logits` makes it again."""
+    if isinstance(layout, Packed):
+        return layout.cu_seqlens, ("packed", layout.num_rows, layout.length, layout.full)
+    return layout.mask, ("padded", layout.num_sequences, layout.length)

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# The main job in miniature, on the CPU, in about four minutes: six mechanisms x two lengths x two seeds on a scaled
+# ListOps (not the LRA setting), then the table of accuracy, memory and speed and the accuracy-against-speed figure.
+set -euo pipefail
+source "$(dirname "$0")/environment.sh"
+set_up
+cd "$root"
+started=$(date +%s)
+figure=runs/quickstart/accuracy-speed.png
+table=runs/quickstart/table.md
+export LRA_RUNS=${LRA_RUNS:-runs/quickstart} LRA_DATA=${LRA_DATA:-data}
+
+.venv/bin/lra data prepare listops length=32,64
+.venv/bin/lra train -m task=listops length=32,64 model=softmax,linear,luna,performer,local,identity \
+  train=quick batch_size=64 seed=0,1
+.venv/bin/lra plot "$LRA_RUNS" -o "$figure"
+.venv/bin/lra table "$LRA_RUNS" --format md -o "$table"
+echo
+echo "Written in $(($(date +%s) - started)) s:"
+echo "  $figure    accuracy against speed, memory as area"
+echo "  $table    the table above as Markdown"
+echo "  $LRA_RUNS/*/record.json    one record a run, with metrics.jsonl, config.yaml and test predictions beside it"
+echo "Next: .venv/bin/lra --help, or README.md"
