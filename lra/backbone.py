@@ -21,7 +21,9 @@ ROTARY_BASE = 10_000.0
 class Embedding(nn.Module):
     """Token ids [...] or values [... c] to vectors [... d], with positions; `max_len` counts a [CLS] token."""
 
-    def __init__(self, config: BackboneConfig, *, vocab_size: int | None, channels: int | None, max_len: int) -> None:
+    def __init__(
+        self, config: BackboneConfig, *, vocab_size: int | None, channels: int | None, max_len: int
+    ) -> None:
         super().__init__()
         if vocab_size is not None:
             self.values = nn.Embedding(vocab_size, config.d_model)

@@ -25,7 +25,9 @@ def load(path: Path, *, config_hash: str, seed: int) -> dict[str, Any]:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         found = (saved["config_hash"], saved["seed"])
     except Exception as error:
-        raise UserError(f"checkpoint {path} cannot be read ({error}); delete it to start the run again") from error
+        raise UserError(
+            f"checkpoint {path} cannot be read ({error}); delete it to start the run again"
+        ) from error
     if found != (config_hash, seed):
         raise UserError(
             f"checkpoint {path} belongs to another config (hash {found[0]}, seed {found[1]}); this run is "

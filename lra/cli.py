@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"lra: {error}", file=sys.stderr)
         return BAD_INPUT
     except Stop as stop:
-        print(f"lra: {stop}; the same command goes on from there", file=sys.stderr)
+        print(f"lra: {stop}; the same command goes on from the last checkpoint", file=sys.stderr)
         return stop.exit_status
     except KeyboardInterrupt:
         print("lra: interrupted; runs that had begun go on from their last checkpoint", file=sys.stderr)
@@ -103,8 +103,12 @@ def _overrides(parser: Parser, argv: list[str]) -> argparse.Namespace:
 
 
 def _train(argv: list[str]) -> int:
-    parser = Parser(prog="lra train", description="Train and test one run, or a sweep. Done runs are not run again.")
-    parser.add_argument("-m", "--multirun", action="store_true", help="run every combination of the comma lists")
+    parser = Parser(
+        prog="lra train", description="Train and test one run, or a sweep. Done runs are not run again."
+    )
+    parser.add_argument(
+        "-m", "--multirun", action="store_true", help="run every combination of the comma lists"
+    )
     parser.add_argument("--force", action="store_true", help="run again what is done, from the start")
     parser.add_argument("--config", action="store_true", help="print the resolved settings and stop")
     args = _overrides(parser, argv)
@@ -163,7 +167,9 @@ def _list(argv: list[str]) -> int:
     parser = Parser(prog="lra list", description="Names with one line each.")
     parser.add_argument("what", choices=("models", "tasks", "papers"))
     parser.add_argument("--json", action="store_true", help="a list of objects with `name`")
-    parser.add_argument("--leaks", action="store_true", help="models: measured effect of padding and batch mates")
+    parser.add_argument(
+        "--leaks", action="store_true", help="models: measured effect of padding and batch mates"
+    )
     args = parser.parse_args(argv)
     from lra.listing import listing, render
 

@@ -29,12 +29,23 @@ from lra.schema import BackboneConfig, ModelConfig, PaperConfig, TrainConfig, ch
 
 GROUPS = ("task", "model", "paper", "train", "launcher")
 TOP_LEVEL = ("length", "seed", "batch_size")
+BLOCK_SETTINGS = (
+    "ffn",
+    "d_ff",
+    "activation",
+    "act_dropout",
+    "prenorm",
+    "dropout_kind",
+    "drop_path",
+)  # of each layer
 
 
 def conf_dir() -> Path:
     """Our configuration files: inside the package in a wheel, beside it in a clone."""
     package = Path(__file__).resolve().parent
-    return next(path for path in (package / "conf", package.parent / "conf") if (path / "config.yaml").is_file())
+    return next(
+        path for path in (package / "conf", package.parent / "conf") if (path / "config.yaml").is_file()
+    )
 
 
 def options(group: str) -> list[str]:
@@ -82,7 +93,9 @@ class RunConfig:
 
     def config_hash(self, data_hash: str) -> str:
         """12 hex digits that runs share exactly when they differ in nothing but the seed."""
-        canonical = json.dumps([self.identity(), data_hash, self.recipe_version], sort_keys=True, separators=(",", ":"))
+        canonical = json.dumps(
+            [self.identity(), data_hash, self.recipe_version], sort_keys=True, separators=(",", ":")
+        )
         return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
     def run_id(self, data_hash: str) -> str:
@@ -114,7 +127,9 @@ def parse(overrides: Iterable[str]) -> list[Override]:
         try:
             override = parser.parse_override(text)
         except HydraException as error:
-            raise UserError(f"cannot read the override '{text}': write key=value, as in model.d_model=128") from error
+            raise UserError(
+                f"cannot read the override '{text}': write key=value, as in model.d_model=128"
+            ) from error
         if override.is_delete():
             raise UserError(f"'{text}' would delete a setting; give it another value instead")
         parsed.append(override)
@@ -228,7 +243,11 @@ def _resolve(raw: dict[str, Any], any_length: bool) -> RunConfig:
     schema = registry.own_schema(name, target)
     own = dataclasses.asdict(_typed(schema, own, "model."))
     length = task.default_length if raw["length"] is None else raw["length"]
-    for key, value, low in (("length", length, 1), ("batch_size", raw["batch_size"], 1), ("seed", raw["seed"], 0)):
+    for key, value, low in (
+        ("length", length, 1),
+        ("batch_size", raw["batch_size"], 1),
+        ("seed", raw["seed"], 0),
+    ):
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
             raise UserError(f"{key}={value} is not allowed; give a whole number of at least {low}")
     if not any_length:
@@ -272,6 +291,10 @@ def _refuse_idle_settings(run: RunConfig, values: list[Override]) -> None:
         idle["model.norm_stats"] = "only model.norm=batch has batch statistics"
     if run.task.documents != 2:
         idle["model.pair"] = f"task '{run.task.name}' has one document a row"
+    if registry.is_block(run.model):
+        named = registry.accepts(run.model)
+        reason = f"model '{run.model.name}' is a whole layer and has none"
+        idle |= {f"model.{key}": reason for key in BLOCK_SETTINGS if key not in named}
     for override in values:
         key = override.key_or_group
         if key in idle and override.value() not in (None, 0, 0.0):

@@ -135,6 +135,11 @@ def check_model(name_or_target: str, own: Mapping[str, object] | None = None, **
             f"{chosen.name} has parameters without a default: {', '.join(needed)}; "
             f"give each a value, as in model.{needed[0]}=..."
         )
+    try:
+        with quiet_seed(chosen.device):
+            chosen.probe()
+    except ValueError as error:  # an argument it does not accept
+        raise UserError(f"{chosen.name}: {error}") from error
     return Report(chosen, tuple(check(chosen) for check in ALL_CHECKS))
 
 
@@ -159,6 +164,8 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--device", default="cpu", help="where to build it (default: cpu)")
     arguments = parser.parse_args(argv)
+    if arguments.device != "cpu" and not (arguments.device.startswith("cuda") and torch.cuda.is_available()):
+        raise UserError(f"--device {arguments.device} is not available; it can be cpu, or cuda with a GPU")
     report = check_model(arguments.model, _own(arguments.overrides), device=arguments.device)
     print(report.render())
     return 0 if report.ok else 1

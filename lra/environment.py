@@ -21,15 +21,23 @@ log = logging.getLogger(__name__)
 def pick_device(name: str) -> torch.device:
     """`auto` is the current GPU if there is one, else the CPU; UserError for a device that is not there."""
     if name == "auto":
-        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        return (
+            torch.device("cuda", torch.cuda.current_device())
+            if torch.cuda.is_available()
+            else torch.device("cpu")
+        )
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f"unknown device '{name}'; use auto, cpu, cuda or cuda:N") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device '{name}' is not here: PyTorch {torch.__version__} sees no GPU; use train.device=cpu")
+        raise UserError(
+            f"device '{name}' is not here: PyTorch {torch.__version__} sees no GPU; use train.device=cpu"
+        )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device '{name}' is not here: there are {torch.cuda.device_count()} GPUs, counted from 0")
+        raise UserError(
+            f"device '{name}' is not here: there are {torch.cuda.device_count()} GPUs, counted from 0"
+        )
     return device
 
 
@@ -40,7 +48,9 @@ def device_name(device: torch.device) -> str:
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
-        lines = [x.split(":", 1)[1].strip() for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
+        lines = [
+            x.split(":", 1)[1].strip() for x in cpuinfo.read_text().splitlines() if x.startswith("model name")
+        ]
         model = lines[0] if lines else model
     return f"CPU: {model}, {torch.get_num_threads()} threads"
 

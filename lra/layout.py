@@ -136,7 +136,9 @@ class Packed:
     def prepend(self, x: Tensor, token: Tensor) -> tuple[Tensor, "Packed"]:
         """Puts token [d] before every sequence."""
         steps = torch.arange(self.num_sequences + 1, device=x.device, dtype=self.cu_seqlens.dtype)
-        wider = Packed(self.cu_seqlens + steps, self.num_rows + self.num_sequences, self.length + 1, self.full)
+        wider = Packed(
+            self.cu_seqlens + steps, self.num_rows + self.num_sequences, self.length + 1, self.full
+        )
         where = wider.index.where
         source = torch.arange(wider.num_rows, device=x.device) - where.segment - 1
         moved = x[source.clamp(0, self.num_rows - 1)]

@@ -10,7 +10,9 @@ from lra import config, registry, tasks
 
 def listing(what: str, *, leaks: bool = False) -> list[dict[str, Any]]:
     """One object per model, task or paper, each with `name` and `about`."""
-    return {"models": _models, "tasks": _tasks, "papers": _papers}[what](**({"leaks": leaks} if what == "models" else {}))
+    return {"models": _models, "tasks": _tasks, "papers": _papers}[what](
+        **({"leaks": leaks} if what == "models" else {})
+    )
 
 
 def _models(*, leaks: bool) -> list[dict[str, Any]]:

@@ -40,7 +40,9 @@ def measure(overrides: Sequence[str], *, force: bool = False, on_record=lambda r
 
 def cells(overrides: Sequence[str]) -> list[tuple[RunConfig, str]]:
     """The configs and modes that the overrides ask for, each checked before the first is measured."""
-    given = {override.split("=", 1)[0]: override.split("=", 1)[1] for override in overrides if "=" in override}
+    given = {
+        override.split("=", 1)[0]: override.split("=", 1)[1] for override in overrides if "=" in override
+    }
     modes = given.get("mode", "train").split(",")
     for mode in modes:
         if mode not in MODES:

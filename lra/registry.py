@@ -60,7 +60,9 @@ def load_target(target: str) -> type:
     try:
         module = _load_file(Path(path)) if path.endswith(".py") else _import_with_cwd(path)
     except ImportError as error:
-        raise UserError(f"cannot import '{path}' of target '{target}': {error}; run lra where it can be imported") from error
+        raise UserError(
+            f"cannot import '{path}' of target '{target}': {error}; run lra where it can be imported"
+        ) from error
     found = getattr(module, class_name, None)
     if found is None:
         classes = [n for n, v in vars(module).items() if isinstance(v, type)]
@@ -104,6 +106,11 @@ def accepts(model) -> set[str]:
     """Every keyword argument the constructor of a `ModelConfig`'s mechanism takes."""
     cls = get(model.name, model.target)
     return set(load_models().common.own_parameters(cls))
+
+
+def is_block(model) -> bool:
+    """Whether the mechanism of a `ModelConfig` is a whole layer."""
+    return issubclass(get(model.name, model.target), load_models().Block)
 
 
 def own_schema(name: str, target: str | None = None) -> type:

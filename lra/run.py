@@ -38,7 +38,9 @@ def done(config: RunConfig, store: Store) -> Record | None:
     return record if record.status in FINAL else None
 
 
-def execute(config: RunConfig, *, progress: Progress | None = None, force: bool = False, **labels: Any) -> Record:
+def execute(
+    config: RunConfig, *, progress: Progress | None = None, force: bool = False, **labels: Any
+) -> Record:
     """Runs `config` to its end and writes its record; a run that is done already is only read.
 
     `labels` (command, sweep) go into the record as they are. UserError, Stop and Ctrl-C pass through; out of

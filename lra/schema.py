@@ -41,7 +41,9 @@ class BackboneConfig:
     tied_layers: bool = False
     pool: str = setting("mean", choices=("cls", "first", "mean", "mean_padded", "mean_all", "max"))
     cls_layer: int = 0  # before which layer [CLS] is put in; -1: the last
-    head_widths: list[int] = field(default_factory=list)  # hidden layers of the classifier; [] is a linear one
+    head_widths: list[int] = field(
+        default_factory=list
+    )  # hidden layers of the classifier; [] is a linear one
     head_activation: str = setting("relu", choices=("relu", "gelu"))
     head_dropout: float = setting(0.0, low=0.0)
     head_bias: bool = True
@@ -84,7 +86,16 @@ class TrainConfig:
     weight_decay: float = setting(0.0, low=0.0)
     schedule: str = setting(
         "linear",
-        choices=("constant", "linear", "cosine", "cosine_cycle", "rsqrt", "inverse_sqrt", "onecycle", "plateau"),
+        choices=(
+            "constant",
+            "linear",
+            "cosine",
+            "cosine_cycle",
+            "rsqrt",
+            "inverse_sqrt",
+            "onecycle",
+            "plateau",
+        ),
     )
     warmup_steps: int = setting(0, low=0)
     warmup_init_lr: float = setting(0.0, low=0.0)

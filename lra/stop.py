@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from types import FrameType
 
 
-class Stop(Exception):
-    """A run ended early by a signal, with a checkpoint written."""
+class Stop(BaseException):
+    """A run ended early by a signal; like KeyboardInterrupt, no handler of ordinary errors may catch it."""
 
     def __init__(self, signal_number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signal_number).name}; a checkpoint was written")
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}")
         self.exit_status = 128 + signal_number
 
 
@@ -23,12 +23,16 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_requested() -> Iterator[StopRequest]:
-    """Inside, SIGINT and SIGTERM only set `signal`; a second one of either ends the process as usual."""
+    """Inside, SIGINT and SIGTERM only set `signal`; a second one of either ends the process as usual.
+
+    A signal that the process ignores stays ignored.
+    """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
 
     def ask(number: int, frame: FrameType | None) -> None:
         request.signal = number

@@ -27,7 +27,10 @@ log = logging.getLogger(__name__)
 WARMUP_STEPS = 10  # untimed steps after a start: kernels load, allocators settle
 EVALUATIONS = 10  # a run, where the config does not say
 
-LAST, BEST = "checkpoint/last.pt", "checkpoint/best.pt"  # in a run's folder: all of the run; the chosen weights
+LAST, BEST = (
+    "checkpoint/last.pt",
+    "checkpoint/best.pt",
+)  # in a run's folder: all of the run; the chosen weights
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -56,7 +59,9 @@ class State:
 class Trainer:
     """Builds a run from its config and folder, trains it to the end, and scores the chosen weights on test."""
 
-    def __init__(self, config: RunConfig, store: Store, folder: Path, *, progress: Progress | None = None) -> None:
+    def __init__(
+        self, config: RunConfig, store: Store, folder: Path, *, progress: Progress | None = None
+    ) -> None:
         self.started = time.perf_counter()
         self.config, self.store, self.folder = config, store, folder
         self.progress = progress or (lambda event: None)
@@ -77,7 +82,9 @@ class Trainer:
         self.batches = {split: self._batches(split) for split in ("train", "val", "test")}
         if self.batches["train"].batches_per_epoch < 1:
             rows = self.batches["train"].num_rows
-            raise UserError(f"batch_size={config.batch_size} is larger than the {rows} training rows; lower it")
+            raise UserError(
+                f"batch_size={config.batch_size} is larger than the {rows} training rows; lower it"
+            )
 
     def _batches(self, split: str) -> Batches:
         config, rows = self.config, self.store.split(split)
@@ -95,7 +102,9 @@ class Trainer:
         )
         if self.mode == "compiled" and self.layout == "packed" and not batches.full:
             rows_per_forward = min(size, config.train.micro_batch or size)
-            batches.token_sizes = token_sizes(batches.lengths, rows_per_forward, config.task.documents, seed=config.seed)
+            batches.token_sizes = token_sizes(
+                batches.lengths, rows_per_forward, config.task.documents, seed=config.seed
+            )
         return batches
 
     def run(self) -> dict[str, Any]:
@@ -120,7 +129,9 @@ class Trainer:
                 self.model.train()
                 self.model.training_update(state.step)
                 parts = self.batches["train"].train(state.step, micro_batch=train.micro_batch)
-                loss = self.step(parts, lr=self.schedule.lr(state.step), beta1=self.schedule.beta1(state.step))
+                loss = self.step(
+                    parts, lr=self.schedule.lr(state.step), beta1=self.schedule.beta1(state.step)
+                )
                 bad_step = torch.where((bad_step < 0) & ~torch.isfinite(loss), state.step, bad_step)
                 self.losses.append(loss)
                 state.step += 1
@@ -213,7 +224,9 @@ class Trainer:
             "best_step": best_step,
             "num_test": test.num_rows,
             "majority_accuracy": float(np.bincount(labels).max() / len(labels)),
-            "accuracy_by_length": accuracy_by_length(predictions == labels, test.lengths, config.task.documents),
+            "accuracy_by_length": accuracy_by_length(
+                predictions == labels, test.lengths, config.task.documents
+            ),
             "num_steps": state.step,
             "step_ms": per_step and per_step * 1e3,
             "examples_per_s": rows_per_s,
@@ -232,7 +245,14 @@ class Trainer:
         return self.state.wall_s + time.perf_counter() - self.started
 
     def _tell(self, **event: Any) -> None:
-        self.progress({"run_id": self.run_id, "step": self.state.step, "num_steps": self.config.train.num_steps, **event})
+        self.progress(
+            {
+                "run_id": self.run_id,
+                "step": self.state.step,
+                "num_steps": self.config.train.num_steps,
+                **event,
+            }
+        )
 
     def _write_line(self, line: dict[str, Any]) -> None:
         with open(self.folder / "metrics.jsonl", "a") as file:
@@ -321,7 +341,9 @@ def choose_layout(config: RunConfig) -> str:
     if config.model.backbone.pool == "mean_all":
         quirks.append("model.pool=mean_all")
     if quirks and config.train.layout == "packed":
-        raise UserError(f"{quirks[0]} counts padding, which train.layout=packed does not have; use train.layout=padded")
+        raise UserError(
+            f"{quirks[0]} counts padding, which train.layout=packed does not have; use train.layout=padded"
+        )
     if config.train.layout != "auto":
         return config.train.layout
     return "padded" if quirks else "packed"

@@ -80,7 +80,8 @@ class Traits:
         return {
             f.name: self.because.get(f.name, "")
             for f in dataclasses.fields(self)
-            if f.name not in ("because", "packed", "uses_order") and getattr(self, f.name) != getattr(usual, f.name)
+            if f.name not in ("because", "packed", "uses_order")
+            and getattr(self, f.name) != getattr(usual, f.name)
         }
 
 
@@ -92,7 +93,9 @@ def register(name: str) -> Callable[[type], type]:
 
     def add(cls: type) -> type:
         if name in _REGISTRY and _REGISTRY[name].__qualname__ != cls.__qualname__:
-            raise ValueError(f"two mechanisms are called '{name}': {_REGISTRY[name]} and {cls}; rename one of them")
+            raise ValueError(
+                f"two mechanisms are called '{name}': {_REGISTRY[name]} and {cls}; rename one of them"
+            )
         cls.name = name
         _REGISTRY[name] = cls
         return cls
@@ -178,7 +181,8 @@ class Mixer(Mechanism):
         if self.place.rotary_base is not None:
             positions = Segments.of(cu_seqlens, x.shape[0]).position
             q, k = (
-                rotate(part.transpose(0, 1), positions, base=self.place.rotary_base).transpose(0, 1) for part in (q, k)
+                rotate(part.transpose(0, 1), positions, base=self.place.rotary_base).transpose(0, 1)
+                for part in (q, k)
             )
         return self.out(self.attend_packed(q, k, v, cu_seqlens, max_len).flatten(1))
 
@@ -225,7 +229,9 @@ def masked_softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
     return scores.softmax(dim=-1) * mask
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, scale: float | None = None) -> Tensor:
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, scale: float | None = None
+) -> Tensor:
     """Explicit softmax attention: the limit that many mechanisms are tested against.
 
     q, k, v: [b h l d], mask: [b l] bool -> [b h l d]; scale defaults to d ** -0.5 (Vaswani et al. 2017, eq. 1).
@@ -243,7 +249,9 @@ def rotate(x: Tensor, positions: Tensor, *, base: float) -> Tensor:
     """
     half = x.shape[-1] // 2
     if x.shape[-1] % 2:
-        raise ValueError(f"rotary positions need an even head width, got {x.shape[-1]}; change num_heads or d_head")
+        raise ValueError(
+            f"rotary positions need an even head width, got {x.shape[-1]}; change num_heads or d_head"
+        )
     frequency = base ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
     angle = positions.double()[:, None] * frequency
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)  # [l d/2]
@@ -337,7 +345,9 @@ class Chunks:
         cu_seqlens = cu_seqlens.long()
         one_each = max_len is not None and size >= max_len
         num_chunks = batch_size + (0 if one_each else -(-num_rows // size))
-        ends = F.pad(((cu_seqlens.diff() + size - 1) // size).cumsum(0), (1, 0))  # [b+1] chunks before sequence i
+        ends = F.pad(
+            ((cu_seqlens.diff() + size - 1) // size).cumsum(0), (1, 0)
+        )  # [b+1] chunks before sequence i
         index = torch.arange(num_chunks, device=cu_seqlens.device)
         owner = torch.searchsorted(ends[1:].contiguous(), index, right=True)
         segment = owner.clamp(max=batch_size - 1)
@@ -346,7 +356,9 @@ class Chunks:
         inside = (row < cu_seqlens[segment + 1][:, None]) & (owner < batch_size)[:, None]
         where = Segments.of(cu_seqlens, num_rows)
         slot = ends[where.segment.clamp(max=batch_size - 1)] * size + where.position
-        return Chunks(row.clamp(0, num_rows - 1), inside, owner, slot.clamp(max=num_chunks * size - 1), where.real)
+        return Chunks(
+            row.clamp(0, num_rows - 1), inside, owner, slot.clamp(max=num_chunks * size - 1), where.real
+        )
 
     def lay_out(self, x: Tensor) -> Tensor:
         """x [t ...] -> [n c ...], zeros at unused places."""

@@ -21,7 +21,9 @@ def feature_map(x: Tensor) -> Tensor:
     return F.elu(x) + 1
 
 
-def linear_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, eps: float = 1e-6) -> Tensor:
+def linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, eps: float = 1e-6
+) -> Tensor:
     """q, k: [b h l d], v: [b h l e], mask: [b l] bool, True = real token -> [b h l e]."""
     dtype = v.dtype
     q, k, v = at_least_fp32(q, k, v)
@@ -50,7 +52,9 @@ class Linear(Mixer):
     def attend_packed(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
         dtype = v.dtype
         q, k, v = at_least_fp32(q, k, v)
-        return segment_attention(feature_map(q), feature_map(k), v, cu_seqlens, max_len, eps=self.eps).to(dtype)
+        return segment_attention(feature_map(q), feature_map(k), v, cu_seqlens, max_len, eps=self.eps).to(
+            dtype
+        )
 
     def state_size(self, length: int) -> int:
         return self.place.num_heads * self.place.head_dim * (self.place.head_dim + 1)

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from models.common import Mixer, Place, Traits, masked_softmax, pad_packed, register, unpad_packed
 
 KERNELS = ("fused", "math")
-LOOP_PAYS_FROM = 512  # padded length from which one call per sequence is cheaper on a CPU than scores of padding
+LOOP_PAYS_FROM = (
+    512  # padded length from which one call per sequence is cheaper on a CPU than scores of padding
+)
 
 
 def softmax_math(
@@ -35,7 +37,9 @@ def softmax_fused(
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
     some = mask.any(dim=-1, keepdim=True)  # kernels differ on rows without a key: give them all, then zero
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=(mask | ~some)[:, None, None, :], dropout_p=dropout)
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=(mask | ~some)[:, None, None, :], dropout_p=dropout
+    )
     return out * some[:, None, :, None]
 
 
@@ -59,7 +63,9 @@ def softmax_by_sequence(
     """One fused call per sequence, no padding computed: the packed path of the CPU. q, k, v: [t h d] -> [t h d]."""
     bounds = cu_seqlens.tolist()
     parts = [
-        softmax_fused(*(x[start:stop].transpose(0, 1)[None] for x in (q, k, v)), dropout=dropout)[0].transpose(0, 1)
+        softmax_fused(*(x[start:stop].transpose(0, 1)[None] for x in (q, k, v)), dropout=dropout)[
+            0
+        ].transpose(0, 1)
         for start, stop in zip(bounds[:-1], bounds[1:], strict=True)
         if stop > start
     ]

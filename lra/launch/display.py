@@ -57,7 +57,9 @@ class Display:
         run_id = event["run_id"]
         news = f"loss {event['loss']:.3f}" if "loss" in event else f"val {event['val_accuracy']:.1%}"
         if self.progress:
-            self.progress.update(self.bars[run_id], completed=event["step"], total=event["num_steps"], news=news)
+            self.progress.update(
+                self.bars[run_id], completed=event["step"], total=event["num_steps"], news=news
+            )
         elif time.monotonic() - self.last_line[run_id] > LINE_EVERY_S:
             self.last_line[run_id] = time.monotonic()
             self._line(f"    {run_id} step {event['step']}/{event['num_steps']} {news}")

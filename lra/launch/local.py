@@ -114,7 +114,11 @@ def _hear(worker: Worker, on_event: Callable[[dict[str, Any]], None]) -> Record 
     except (EOFError, OSError):
         worker.process.join(GRACE_S)
         code = worker.process.exitcode
-        reason = f"worker killed by signal {-code}" if code is not None and code < 0 else f"worker exited with {code}"
+        reason = (
+            f"worker killed by signal {-code}"
+            if code is not None and code < 0
+            else f"worker exited with {code}"
+        )
         return _write_failure(worker.job, reason)
     if isinstance(message, Record):
         return message

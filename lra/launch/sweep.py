@@ -60,7 +60,9 @@ def _run_sweep(configs: list[RunConfig], *, force: bool, labels: dict[str, Any])
         store = stores[config.task.folder_name(config.length)]
         run_id = config.run_id(store.data_hash)
         if run_id in order:
-            raise UserError(f"the sweep asks twice for the same run {run_id}; take the doubled value out of the list")
+            raise UserError(
+                f"the sweep asks twice for the same run {run_id}; take the doubled value out of the list"
+            )
         order.append(run_id)
         record = None if force else run.done(config, store)
         if record is not None:

@@ -2,7 +2,14 @@
 
 import pytest
 
-TINY = ["task=listops", "length=32", "task.num_train=600", "task.num_val=100", "task.num_test=150", "batch_size=16"]
+TINY = [
+    "task=listops",
+    "length=32",
+    "task.num_train=600",
+    "task.num_val=100",
+    "task.num_test=150",
+    "batch_size=16",
+]
 SMALL_MODEL = ["model.d_model=16", "model.d_ff=32", "model.num_layers=1"]
 
 

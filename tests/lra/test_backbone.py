@@ -58,7 +58,9 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(f"{k}={v}" for k, v in o.items()) or "default")
+@pytest.mark.parametrize(
+    "options", OPTIONS, ids=lambda o: "-".join(f"{k}={v}" for k, v in o.items()) or "default"
+)
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_packed_and_padded_layouts_give_the_same_logits_and_gradients(options, training):
     packed_model, padded_model = make(**options).train(training), make(**options).train(training)
@@ -132,7 +134,10 @@ def test_two_documents_are_joined_before_the_head(pair, factor):
 def test_continuous_input_goes_through_a_linear_map():
     model = ModelConfig(name="softmax", backbone=BackboneConfig(d_model=16))
     backbone = Backbone(model, num_classes=CLASSES, padded_length=LENGTH, channels=1)
-    assert backbone(torch.randn(2, LENGTH, 1), Padded(2, LENGTH, None, torch.device("cpu"))).shape == (2, CLASSES)
+    assert backbone(torch.randn(2, LENGTH, 1), Padded(2, LENGTH, None, torch.device("cpu"))).shape == (
+        2,
+        CLASSES,
+    )
 
 
 def test_tied_dropout_uses_one_mask_for_all_positions_of_a_sequence():
@@ -146,7 +151,9 @@ def test_tied_dropout_uses_one_mask_for_all_positions_of_a_sequence():
 
 def test_drop_path_drops_whole_sequences():
     torch.manual_seed(0)
-    x = Dropout(0.0, drop_path=0.5).train()(torch.ones(64, LENGTH, 4), Padded(64, LENGTH, None, torch.device("cpu")))
+    x = Dropout(0.0, drop_path=0.5).train()(
+        torch.ones(64, LENGTH, 4), Padded(64, LENGTH, None, torch.device("cpu"))
+    )
     per_sequence = x.flatten(1)
     assert ((per_sequence == 0).all(1) | (per_sequence == 2).all(1)).all()
     assert 10 < (per_sequence[:, 0] == 0).sum() < 54

@@ -42,7 +42,9 @@ def documents_of(batch, packed: bool) -> list[list[int]]:
 @pytest.mark.parametrize("packed", [True, False])
 def test_rows_come_out_as_stored_cut_after_the_first_length_tokens(packed):
     source = split(LENGTHS)
-    expected = [source.tokens[a:b][:10].tolist() for a, b in zip(source.offsets[:-1], source.offsets[1:], strict=True)]
+    expected = [
+        source.tokens[a:b][:10].tolist() for a, b in zip(source.offsets[:-1], source.offsets[1:], strict=True)
+    ]
     found = [row for batch in batches(packed=packed).in_order() for row in documents_of(batch, packed)]
     assert found == expected
 

@@ -88,7 +88,9 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("overrides", "message"), REFUSED, ids=lambda x: " ".join(x) if isinstance(x, list) else "")
+@pytest.mark.parametrize(
+    ("overrides", "message"), REFUSED, ids=lambda x: " ".join(x) if isinstance(x, list) else ""
+)
 def test_bad_input_gets_a_message_with_what_is_allowed(overrides, message):
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
         compose(overrides)

@@ -77,7 +77,7 @@ def test_folder_names_are_pinned():
     listops, text = tasks.get("listops"), tasks.get("text")
     assert listops().folder_name(2000) == "listops-2000-3f3b9b75"
     assert text().folder_name(4000) == text().folder_name(1000) == "imdb-bytes-44739474"
-    assert text(val="test").folder_name(4000) == "imdb-bytes-val-test-90b1b3e8"
+    assert text(val="test").folder_name(4000) == "imdb-bytes-val-test-8a82c057"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""ListOps against an evaluator and a generator written here from the rules, and against its target statistics.
+"""ListOps against an evaluator and a generator written here from the rules, and its target statistics.
 
 Tolerances of statistics are 4 sd / sqrt(n) of the sample, plus the rounding of the target.
 """
@@ -15,9 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lra.data.prepare import prepare
-from lra.data.store import store_path
 from lra.errors import UserError
-from lra.tasks import get
 from lra.tasks import listops as module
 from lra.tasks import listops_generator as generator
 from lra.tasks.listops import SYMBOLS, ListOps, evaluate
@@ -77,7 +75,7 @@ def words(seed, attempt):
         word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & top
         return word ^ (word >> 31)
 
-    word = mix((mix((seed + step) & top) + (attempt + 1) * step) & top)
+    word = mix((mix((mix((seed + step) & top) + attempt) & top) + step) & top)
     while True:
         word = (word + step) & top
         yield mix(word)
@@ -123,7 +121,7 @@ def test_the_vocabulary_is_pinned():
     vocabulary = ListOps().vocabulary()
     assert len(vocabulary) == ListOps.vocab_size == 16 and vocabulary[0] == "<pad>"
     digest = hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
-    assert digest.startswith("65e53f6f7c")
+    assert digest == "4c4fcca5fd42f6dde614c9eb740d7d1f9c2941a1a4bd942fb251d68d63c3eb32"
     assert [SYMBOLS[i - 1] for i in (generator.MIN, generator.MAX, generator.MED, generator.SM)] == OPERATORS
     assert SYMBOLS[generator.CLOSE - 1] == "]"
 
@@ -147,7 +145,9 @@ def test_expressions_have_the_values_the_rules_give(expression, value):
     assert evaluate(ids) == value
 
 
-@pytest.mark.parametrize("expression", ["", "[MAX 1 2", "[MAX ]", "1 2", "]", "[MAX 1 ] 2", "[FIRST 1 2 ]", "[SM 12 ]"])
+@pytest.mark.parametrize(
+    "expression", ["", "[MAX 1 2", "[MAX ]", "1 2", "]", "[MAX 1 ] 2", "[FIRST 1 2 ]", "[SM 12 ]"]
+)
 def test_a_malformed_expression_is_refused(expression):
     with pytest.raises(UserError):
         evaluate(expression)
@@ -173,12 +173,16 @@ def test_the_random_words_are_those_of_splitmix64():
     assert int(generator.mix(np.uint64(0x9E3779B97F4A7C15))) == 0xE220A8397B1DCDAF
 
 
-@pytest.mark.parametrize(("seed", "length", "depth", "arguments"), [(0, 32, 10, 10), (7, 200, 6, 5), (2**62, 90, 10, 7)])
-def test_an_attempt_gives_the_documented_tree_and_only_whole_trees_are_rejected(seed, length, depth, arguments):
+@pytest.mark.parametrize(
+    ("seed", "length", "depth", "arguments"), [(0, 32, 10, 10), (7, 200, 6, 5), (2**62, 90, 10, 7)]
+)
+def test_an_attempt_gives_the_documented_tree_and_only_whole_trees_are_rejected(
+    seed, length, depth, arguments
+):
     rows, labels = draw(1500, length, seed=seed, first=10**6, max_depth=depth, max_args=arguments)
     grown = [grow_from_words(words(seed, 10**6 + i), 1, depth, arguments) for i in range(1500)]
     kept = [tree for tree in grown if length / 4 < len(tree) < length]
-    assert len(kept) > 20
+    assert len(kept) > 10
     assert rows == kept
     assert labels == [value_of(tree) for tree in kept]
 
@@ -192,7 +196,12 @@ def test_trees_are_distributed_as_those_of_an_independent_generator():
             slow.append(tree)
     fast, _ = draw(60_000, 400)
     assert close(len(fast) / 60_000, len(slow) / drawn, drawn, 4 * math.sqrt(0.05 / 60_000))
-    for measure in (len, value_of, lambda tree: sum(symbol in OPERATORS for symbol in tree), lambda tree: tree.count("[SM")):
+    for measure in (
+        len,
+        value_of,
+        lambda tree: sum(symbol in OPERATORS for symbol in tree),
+        lambda tree: tree.count("[SM"),
+    ):
         a, b = [measure(tree) for tree in fast], [measure(tree) for tree in slow]
         spread = math.sqrt(statistics.variance(a) / len(a) + statistics.variance(b) / len(b))
         assert abs(statistics.mean(a) - statistics.mean(b)) < 4 * spread
@@ -201,6 +210,7 @@ def test_trees_are_distributed_as_those_of_an_independent_generator():
 def check_table(rows_lengths, labels, counted, n):
     """The whole table of target statistics, for n rows of the length 2,000."""
     assert abs(rows_lengths.mean() - 1034.8) <= 4 * rows_lengths.std() / math.sqrt(n) + 0.05
+    # 0.003: the target quantiles are whole numbers and were measured on 200,000 trees themselves.
     for percent, target in LENGTHS.items():
         assert close((rows_lengths <= target).mean(), percent / 100, n, 0.003)
     assert rows_lengths.min() >= 501 and rows_lengths.max() <= 1999
@@ -209,8 +219,9 @@ def check_table(rows_lengths, labels, counted, n):
     operators, digits = list(counted["operators"].values()), list(counted["digits"].values())
     num_operators = counted["operators per tree"]["mean"] * n
     assert all(close(share, 0.25, num_operators, 0) for share in operators) and len(operators) == 4
+    # An operator has six arguments on average, and all but one of them are digits.
     assert all(close(share, 0.1, 5 * num_operators, 0) for share in digits) and len(digits) == 10
-    # Arguments of one tree are not independent of each other (a tree must fit), so the bound is a little loose.
+    # Numbers of arguments within a tree are not independent, as the tree must fit: the bound is loose.
     for share, target in zip(counted["arguments"].values(), ARGUMENTS, strict=True):
         assert close(share, target, num_operators / 4, 0.00005)
     for share, target in zip(counted["root arguments"].values(), ROOT_ARGUMENTS, strict=True):
@@ -237,7 +248,7 @@ def test_the_full_data_set_has_the_target_statistics():
     train = store.split("train")
     check_table(train.lengths, train.labels, task.statistics(train), 96_000)
     assert (train.lengths.min(), train.lengths.max()) == (501, 1999)
-    assert store.data_hash == "ee9ed138bb2e"
+    assert store.data_hash == "598cfddd44dd"
 
 
 def test_splits_are_pinned_and_do_not_depend_on_the_number_of_workers(monkeypatch):
@@ -246,7 +257,7 @@ def test_splits_are_pinned_and_do_not_depend_on_the_number_of_workers(monkeypatc
     hashes = {name: entry["sha256"] for name, entry in one.manifest["files"].items()}
     two = prepare(ListOps(**SMALL), 32, workers=2, force=True)
     assert {name: entry["sha256"] for name, entry in two.manifest["files"].items()} == hashes
-    assert one.data_hash == two.data_hash == "pinned"
+    assert one.data_hash == two.data_hash == "c3466eef71c1"
 
 
 def test_another_seed_gives_other_rows():
@@ -264,10 +275,14 @@ def test_lengths_lie_strictly_between_a_quarter_of_the_bound_and_the_bound(lengt
 
 def test_equal_trees_are_kept_once_and_splits_are_disjoint(monkeypatch):
     plain = prepare(ListOps(**SMALL), 40)
-    rows = [bytes(plain.split(s).row(i)[0]) for s in ("train", "val", "test") for i in range(len(plain.split(s)))]
+    rows = [
+        bytes(plain.split(s).row(i)[0]) for s in ("train", "val", "test") for i in range(len(plain.split(s)))
+    ]
     assert len(set(rows)) == len(rows) == 380
     once = generator.draw_block
-    monkeypatch.setattr(generator, "draw_block", lambda seed, first, *rest: once(seed, first // np.uint64(2), *rest))
+    monkeypatch.setattr(
+        generator, "draw_block", lambda seed, first, *rest: once(seed, first // np.uint64(2), *rest)
+    )
     # Every second block now starts in the middle of the one before, so many trees come twice.
     overlapping = prepare(ListOps(**SMALL), 40, force=True)
     assert overlapping.manifest["duplicates"] == {
@@ -306,108 +321,3 @@ def test_a_long_expression_is_shown_as_an_indented_tree():
     assert len(shown.splitlines()) > 10 and max(map(len, shown.splitlines())) <= 110
     assert shown.endswith(f"]={value_of(row)}")
     assert [part.split("=")[0] for part in shown.split()] == row
-
-
-def write_tables(folder, rows, newline="\r\n", quote=""):
-    """LRA's files, from (symbols, label) of each split."""
-
-    def source(symbols):
-        def node(position):
-            if symbols[position] in DIGITS:
-                return symbols[position], position + 1
-            text, position = symbols[position], position + 1
-            while symbols[position] != "]":
-                argument, position = node(position)
-                text = f"( {text} {argument} )"
-            return f"( {text} ] )", position + 1
-
-        return node(0)[0]
-
-    folder.mkdir(parents=True, exist_ok=True)
-    for split, examples in rows.items():
-        lines = [f"{quote}{source(symbols)}{quote}\t{label}" for symbols, label in examples]
-        (folder / f"basic_{split}.tsv").write_bytes(newline.join(["Source\tTarget", *lines, ""]).encode())
-
-
-def sample():
-    rows, labels = draw(6000, 60)
-    examples = list(zip(rows, labels, strict=True))
-    return {"train": examples[:60], "val": examples[60:75], "test": examples[75:90]}
-
-
-def stored_rows(store):
-    return {
-        split: [
-            ([SYMBOLS[token - 1] for token in part.row(i)[0]], int(part.labels[i])) for i in range(len(part))
-        ]
-        for split in ("train", "val", "test")
-        for part in [store.split(split)]
-    }
-
-
-@pytest.mark.parametrize(("newline", "quote"), [("\r\n", ""), ("\n", ""), ("\r\n", '"')])
-def test_the_files_of_lra_are_read_row_by_row(tmp_path, newline, quote):
-    rows = sample()
-    write_tables(tmp_path / "tsv", rows, newline, quote)
-    store = prepare(ListOps(source=str(tmp_path / "tsv")), 60)
-    assert stored_rows(store) == rows
-
-
-def test_generated_rows_written_as_lra_files_come_back_the_same(tmp_path):
-    made = prepare(ListOps(**SMALL), 64)
-    write_tables(tmp_path / "tsv" / "listops-1000", stored_rows(made))
-    read = prepare(ListOps(source=str(tmp_path / "tsv")), 64)
-    assert read.data_hash == made.data_hash and read.path != made.path
-
-
-def test_an_archive_is_read_like_its_folder(tmp_path):
-    import tarfile
-
-    write_tables(tmp_path / "a" / "lra_release" / "listops-1000", sample())
-    with tarfile.open(tmp_path / "lra_release.gz", "w:gz") as archive:
-        archive.add(tmp_path / "a" / "lra_release", "lra_release")
-    from_archive = prepare(ListOps(source=str(tmp_path / "lra_release.gz")), 60)
-    assert stored_rows(from_archive) == sample()
-
-
-def test_only_files_of_the_size_of_lra_count_as_original(tmp_path, monkeypatch):
-    write_tables(tmp_path / "tsv", sample())
-    task = ListOps(source=str(tmp_path / "tsv"))
-    assert prepare(task, 2000).data_origin == "stand_in"
-    monkeypatch.setattr("lra.tasks.listops_files.LRA_ROWS", (60, 15, 15))
-    assert prepare(task, 2000, force=True).data_origin == "original"
-    assert prepare(task, 60).data_origin == "stand_in"
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda t: t.replace("Source\tTarget", "source,target"), "line 1: the header"),
-        (lambda t: t.replace("[MED", "[MEAN"), r"unknown symbol '\[MEAN'"),
-        (lambda t: t + "( ( ( [MAX 2 ) 9 ) ] )\t8\r\n", "line 62: the label is 8, but the value is 9"),
-        (lambda t: t + "( ( [MAX 2 ) 9 )\t9\r\n", "line 62: .*not a well-formed"),
-        (lambda t: t + "( [MAX 2 )\r\n", "line 62: 1 columns"),
-        (lambda t: t + "5\tfive\r\n", "line 62: cannot be read"),
-        (lambda t: t + "( [SM" + " 1 )" * 70 + " ] )\t0\r\n", "line 62: 72 symbols, more than length=60"),
-    ],
-)
-def test_a_fault_in_a_file_is_named_with_its_line(tmp_path, spoil, message):
-    write_tables(tmp_path / "tsv", sample())
-    path = tmp_path / "tsv" / "basic_train.tsv"
-    path.write_bytes(spoil(path.read_bytes().decode()).encode())
-    task = ListOps(source=str(tmp_path / "tsv"))
-    with pytest.raises(UserError, match=message):
-        prepare(task, 60)
-    assert not store_path(task, 60).exists()
-
-
-@pytest.mark.parametrize("make", [lambda p: None, lambda p: p.mkdir(), lambda p: p.write_text("no archive")])
-def test_a_source_without_the_files_is_refused_with_their_names(tmp_path, make):
-    make(tmp_path / "source")
-    with pytest.raises(UserError, match=r"basic_train.tsv, basic_val.tsv"):
-        prepare(ListOps(source=str(tmp_path / "source")), 2000)
-
-
-def test_a_setting_of_the_generator_is_refused_where_files_are_read():
-    with pytest.raises(UserError, match="task.num_train would change nothing"):
-        get("listops")(source="somewhere", num_train=5).check()

@@ -30,10 +30,25 @@ def test_a_run_leaves_everything_that_the_design_promises(tiny):
     record = run.execute(compose(tiny()))
     folder = records.runs_root() / record.run_id
     assert record.status == "ok"
-    for name in ("config.yaml", "record.json", "metrics.jsonl", "log.txt", "predictions.npy", "checkpoint/best.pt"):
+    for name in (
+        "config.yaml",
+        "record.json",
+        "metrics.jsonl",
+        "log.txt",
+        "predictions.npy",
+        "checkpoint/best.pt",
+    ):
         assert (folder / name).is_file(), name
     assert records.read(folder).test_accuracy == record.test_accuracy
-    for field in ("num_params", "flops_per_step", "peak_mem_mib", "step_ms", "tokens_per_s", "data_hash", "device"):
+    for field in (
+        "num_params",
+        "flops_per_step",
+        "peak_mem_mib",
+        "step_ms",
+        "tokens_per_s",
+        "data_hash",
+        "device",
+    ):
         assert getattr(record, field), field
     assert record.num_test == 150 == len(records.load_predictions(folder))
 
@@ -63,7 +78,9 @@ def test_the_same_seed_gives_the_same_bits(tiny):
 
 
 def test_a_run_stopped_and_resumed_equals_the_unbroken_run(tiny, tmp_path, monkeypatch):
-    settings = tiny("model.dropout=0.2", "train.schedule=plateau", "train.plateau_patience=0", "model=performer")
+    settings = tiny(
+        "model.dropout=0.2", "train.schedule=plateau", "train.plateau_patience=0", "model=performer"
+    )
     settings += ["model.num_features=16", "model.redraw_every=3"]
     whole = trainer(settings, tmp_path / "whole")
     expected = whole.run()
@@ -108,7 +125,9 @@ def test_a_loss_that_is_not_a_number_ends_the_run_as_diverged(tiny):
 
 
 def test_running_out_of_memory_is_a_result(tiny, monkeypatch):
-    monkeypatch.setattr(Trainer, "_loop", lambda self: (_ for _ in ()).throw(torch.OutOfMemoryError("no more")))
+    monkeypatch.setattr(
+        Trainer, "_loop", lambda self: (_ for _ in ()).throw(torch.OutOfMemoryError("no more"))
+    )
     record = run.execute(compose(tiny()))
     assert record.status == "oom" and record.reason == "no more"
 
@@ -202,7 +221,9 @@ def test_accuracy_by_length_counts_every_row_in_one_bucket():
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32"])
 def test_every_precision_trains(tiny, precision):
-    record = run.execute(compose(tiny(f"train.precision={precision}", "train.clip_norm=1.0", "train.clip_value=0.5")))
+    record = run.execute(
+        compose(tiny(f"train.precision={precision}", "train.clip_norm=1.0", "train.clip_value=0.5"))
+    )
     assert record.status == "ok" and record.precision == precision
 
 

@@ -1,0 +1,324 @@
+"""`lra data prepare|verify|show|export|stats TASK|all [key=value ...] [--flags]`.
+
+What selects data is an override (`length=`, `task.<field>=`); what shapes output is a flag. Results go to
+standard output, progress and messages to standard error.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+import types
+import typing
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lra import tasks
+from lra.data import store as stores
+from lra.data.export import export
+from lra.data.prepare import prepare
+from lra.data.show import examples, examples_text, statistics, statistics_text
+from lra.data.verify import verify
+from lra.errors import UserError, unknown
+from lra.tasks.base import SPLITS, Plan, Task
+
+
+def main(argv: Sequence[str]) -> int:
+    """The exit status: 0 done, 1 some of `prepare all` could not be done, 2 bad arguments or bad data."""
+    try:
+        if not argv or argv[0] in ("-h", "--help"):
+            print(f"usage: lra data {'|'.join(_ACTIONS)} TASK|all [key=value ...] [--flags]\n\n{_summary()}")
+            return 0 if argv else 2
+        if argv[0] not in _ACTIONS:
+            raise unknown("data command", argv[0], _ACTIONS)
+        action = _ACTIONS[argv[0]]
+        return action.run(_parse(argv[0], action, argv[1:]))
+    except UserError as error:
+        print(f"lra: {error}", file=sys.stderr)
+        return 2
+
+
+def resolve(task_name: str, overrides: Sequence[str]) -> list[tuple[Task, int]]:
+    """The task with its settings, once for each length of `length=`; UserError for an unknown key or a bad
+    value.
+    """
+    cls = tasks.get(task_name)
+    fields = {f"task.{f.name}": f for f in dataclasses.fields(cls) if f.name not in ("name", "padded_length")}
+    settings, lengths = {}, [cls.default_length]
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if key != "length" and key not in fields:
+            raise unknown("setting", key, ["length", *fields])
+        if not equals:
+            raise UserError(f"'{override}' has no value; write {key}=VALUE")
+        if key == "length":
+            lengths = [_convert("length", int, part) for part in value.split(",")]
+        else:
+            settings[fields[key].name] = _convert(key, fields[key].type, value)
+    task = cls(**settings)
+    task.check()
+    for length in lengths:
+        task.check_length(length)
+    return [(task, length) for length in lengths]
+
+
+def _convert(key: str, kind: Any, text: str) -> Any:
+    """The value that `text` means for a field of type `kind`: int, str, or one of them or None."""
+    allowed = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if type(None) in allowed and text.lower() in ("null", "none"):
+        return None
+    if int not in allowed:
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        null = " or null" if type(None) in allowed else ""
+        raise UserError(f"{key}={text} is not allowed; give a whole number{null}") from None
+
+
+def _selected(args: argparse.Namespace) -> list[tuple[Task, int]]:
+    """What the command line selects; with `all` each setting goes to the tasks that have it."""
+    if args.task != "all":
+        return resolve(args.task, args.overrides)
+    if any(override.startswith("task.source=") for override in args.overrides):
+        raise UserError("task.source= names the place of one task's data; name the task instead of 'all'")
+    keys = {
+        name: {"length", *(f"task.{f.name}" for f in dataclasses.fields(tasks.get(name)))}
+        for name in tasks.names()
+    }
+    for key in (override.partition("=")[0] for override in args.overrides):
+        if not any(key in known for known in keys.values()):
+            raise unknown("setting", key, set().union(*keys.values()))
+    return [
+        pair
+        for name in tasks.names()
+        for pair in resolve(name, [o for o in args.overrides if o.partition("=")[0] in keys[name]])
+    ]
+
+
+def _prepare(args: argparse.Namespace) -> int:
+    selected = {stores.store_path(*pair): pair for pair in _selected(args)}
+    plans: dict[Path, Plan | UserError] = {}
+    for path, (task, length) in selected.items():
+        try:
+            plans[path] = task.plan(length)
+        except UserError as error:
+            plans[path] = error
+    if not args.json:
+        _print_plans(selected, plans, args.force)
+    results, failures = [], []
+    for path, (task, length) in selected.items():
+        name, started = task.variant_name(length), time.perf_counter()
+        try:
+            if isinstance(plans[path], UserError) and (args.force or not path.is_dir()):
+                raise plans[path]
+            with _progress(name) as progress:
+                store = prepare(task, length, workers=args.workers, progress=progress, force=args.force)
+        except UserError as error:
+            if args.task != "all":
+                raise
+            failures.append({"task": task.name, "variant": name, "error": str(error)})
+            continue
+        results.append(_result(task, length, store, time.perf_counter() - started))
+    if args.json:
+        print(json.dumps(results + failures, indent=1))
+    elif results:
+        columns = ("variant", "origin", "train", "val", "test", "MiB", "s", "data hash", "folder")
+        print(_table(columns, [[result[column] for column in columns] for result in results]))
+        for result in results:
+            print("".join(f"{result['variant']}: {note}\n" for note in result["notes"]), end="")
+    for failure in failures:
+        print(f"lra: {failure['task']}: {failure['error']}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _print_plans(
+    selected: dict[Path, tuple[Task, int]], plans: dict[Path, Plan | UserError], force: bool
+) -> None:
+    rows = []
+    for path, (task, length) in selected.items():
+        plan, name = plans[path], task.variant_name(length)
+        if path.is_dir() and not force:
+            rows.append([name, "already there", "", "", ""])
+        elif isinstance(plan, UserError):
+            rows.append([name, "no source", "", "", ""])
+        else:
+            rows.append([name, plan.source, f"{plan.rows:,}", f"{plan.mib:,.1f}", f"{plan.seconds:,.0f}"])
+    print(_table(("variant", "source", "rows", "about MiB", "about s"), rows), flush=True)
+    print()
+
+
+def _result(task: Task, length: int, store: stores.Store, seconds: float) -> dict[str, Any]:
+    splits, files = store.manifest["splits"], store.manifest["files"].values()
+    return {
+        "task": task.name,
+        "length": length,
+        "variant": store.data_variant,
+        "origin": store.data_origin,
+        **{split: splits[split]["rows"] for split in SPLITS},
+        "MiB": round(sum(entry["size"] for entry in files) / 2**20, 1),
+        "s": round(seconds, 1),
+        "data hash": store.data_hash,
+        "folder": str(store.path),
+        "notes": store.manifest.get("notes", []),
+    }
+
+
+def _verify(args: argparse.Namespace) -> int:
+    report, faulty = [], []
+    for task, length in {stores.store_path(*pair): pair for pair in _selected(args)}.values():
+        findings = verify(task, length)
+        report.append(
+            {"variant": task.variant_name(length), "findings": [dataclasses.asdict(f) for f in findings]}
+        )
+        faults = [f for f in findings if not f.ok]
+        if faults:
+            faulty.append(f"{stores.prepare_command(task, length)} --force")
+        if not args.json:
+            print(task.variant_name(length))
+            print(_table((), [["ok" if f.ok else "FAULT", f.what, f.detail] for f in findings]))
+            print(f"{len(findings)} checks, {len(faults)} faults\n")
+    if args.json:
+        print(json.dumps(report, indent=1))
+    if faulty:
+        raise UserError(f"the stored data have faults; build them again: {'; '.join(faulty)}")
+    return 0
+
+
+def _show(args: argparse.Namespace) -> int:
+    shown = []
+    for task, length in _selected(args):
+        store = stores.open_store(task, length)
+        rows = examples(task, store, args.split or "train", 3 if args.limit is None else args.limit)
+        shown.append({"variant": store.data_variant, "examples": rows})
+        if not args.json:
+            print(f"{store.data_variant}\n\n{examples_text(rows)}")
+    if args.json:
+        print(json.dumps(shown, indent=1))
+    return 0
+
+
+def _stats(args: argparse.Namespace) -> int:
+    counted = []
+    for task, length in {stores.store_path(*pair): pair for pair in _selected(args)}.values():
+        store = stores.open_store(task, length)
+        splits = {split: statistics(task, store, split) for split in ([args.split] if args.split else SPLITS)}
+        generator = store.manifest.get("generator") or {}
+        accepted = generator["accepted"] / generator["attempts"] if "attempts" in generator else None
+        counted.append({"variant": store.data_variant, "draws accepted": accepted, "splits": splits})
+        if not args.json:
+            share = "" if accepted is None else f"   draws accepted {100 * accepted:.2f} %"
+            print(f"{store.data_variant}   {store.data_origin}   {store.data_hash}{share}\n")
+            for split, numbers in splits.items():
+                print(f"[{split}]\n{statistics_text(numbers)}\n")
+    if args.json:
+        print(json.dumps(counted, indent=1))
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    selected = _selected(args)
+    if args.out is None:
+        raise UserError("export needs a file to write; add --out FILE.npz")
+    if len(selected) > 1:
+        raise UserError(
+            f"--out {args.out} takes one variant, {len(selected)} are named; export them one by one"
+        )
+    store = stores.open_store(*selected[0])
+    rows = export(store, args.split or "train", args.out, args.limit)
+    made = {"out": str(args.out), "split": args.split or "train", "rows": rows, "data_hash": store.data_hash}
+    print(json.dumps(made) if args.json else f"wrote {rows:,} rows of {made['split']} to {args.out}")
+    return 0
+
+
+@contextmanager
+def _progress(name: str) -> typing.Iterator[Callable[[int, int], None]]:
+    """Shows rows done: a bar on a terminal, else a line now and then."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            shown = bar.add_task(name, total=None)
+            yield lambda done, total: bar.update(shown, completed=done, total=total)
+        return
+    last = time.monotonic()
+
+    def line(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > 5:
+            last = time.monotonic()
+            print(f"{name}: {done:,} of {total:,} rows", file=sys.stderr, flush=True)
+
+    yield line
+
+
+def _table(header: Sequence[str], rows: list[list[Any]]) -> str:
+    """Columns as wide as their widest cell; numbers to the right."""
+    cells = [
+        [f"{value:,}" if isinstance(value, int | float) else str(value) for value in row] for row in rows
+    ]
+    widths = [
+        max(map(len, column)) for column in zip(*([list(header)] if header else []), *cells, strict=True)
+    ]
+    numeric = [isinstance(value, int | float) for value in rows[0]]
+    lines = [list(header)] if header else []
+    return "\n".join(
+        "  ".join(
+            c.rjust(w) if n else c.ljust(w) for c, w, n in zip(line, widths, numeric, strict=True)
+        ).rstrip()
+        for line in lines + cells
+    )
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"{self.prog}: {message}; {' '.join(self.format_usage().split())}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Action:
+    run: Callable[[argparse.Namespace], int]
+    help: str
+    flags: tuple[str, ...]
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
+    return int(text)
+
+
+_FLAGS: dict[str, dict[str, Any]] = {
+    "--force": {"action": "store_true", "help": "build again what is already there"},
+    "--workers": {"type": _count, "metavar": "N", "help": "threads (default: one for each processor)"},
+    "--split": {"choices": SPLITS, "help": "which split"},
+    "--limit": {"type": _count, "metavar": "N", "help": "the first N rows only"},
+    "--out": {"type": Path, "metavar": "F.npz", "help": "the file to write"},
+    "--json": {"action": "store_true", "help": "print JSON"},
+}
+_ACTIONS = {
+    "prepare": _Action(_prepare, "build or import data", ("--force", "--workers", "--json")),
+    "verify": _Action(_verify, "read stored data back and check everything about them", ("--json",)),
+    "show": _Action(_show, "print examples", ("--split", "--limit", "--json")),
+    "export": _Action(_export, "write rows to an .npz file", ("--split", "--limit", "--out", "--json")),
+    "stats": _Action(_stats, "lengths, labels and vocabulary", ("--split", "--json")),
+}
+
+
+def _summary() -> str:
+    lines = [f"  {name:8} {action.help} ({', '.join(action.flags)})" for name, action in _ACTIONS.items()]
+    return "\n".join([*lines, f"\ntasks: {', '.join(tasks.names())}"])
+
+
+def _parse(name: str, action: _Action, argv: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(prog=f"lra data {name}", description=action.help, allow_abbrev=False)
+    parser.add_argument("task", help=f"{', '.join(tasks.names())} or all")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="length=, task.<field>=")
+    for flag in action.flags:
+        parser.add_argument(flag, **_FLAGS[flag])
+    return parser.parse_intermixed_args(list(argv))

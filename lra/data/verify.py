@@ -1,0 +1,163 @@
+"""Reading a whole data set back and comparing it with its manifest, with its task, and with itself."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lra.data.store import (
+    PARTS,
+    Split,
+    data_hash,
+    disk_dtype,
+    duplicates,
+    file_name,
+    manifest_hash,
+    open_store,
+    prepare_command,
+    read_manifest,
+    store_path,
+    summary,
+    vocabulary_hash,
+)
+from lra.errors import UserError
+from lra.tasks.base import SPLITS, Finding, Task, row_digests
+
+
+def verify(task: Task, length: int) -> list[Finding]:
+    """All checks of one variant, each with its own finding; UserError only if the variant is not there at
+    all.
+
+    Files are hashed, and every count of the manifest is made anew from them. What a damaged file leaves
+    readable is still looked at, so that a fault is named together with what it breaks.
+    """
+    path, remedy = store_path(task, length), prepare_command(task, length)
+    if not path.is_dir():
+        open_store(task, length)
+    try:
+        manifest = read_manifest(path, remedy)
+    except UserError as error:
+        return [Finding("manifest", False, str(error))]
+    findings = _check_manifest(manifest, task, length)
+    files = {}
+    for name in (file_name(split, part) for split in SPLITS for part in PARTS):
+        finding, sha256 = _check_file(path / name, manifest["files"].get(name))
+        findings.append(finding)
+        files[name] = {"sha256": sha256}
+    findings.append(_equal("data hash", manifest["data_hash"], data_hash(files, manifest["vocabulary"])))
+    digests = {}
+    for name in SPLITS:
+        try:
+            split = _read_split(path, name, task)
+        except (OSError, ValueError) as error:
+            findings.append(Finding(f"{name} rows", False, f"cannot be read: {error}"))
+            continue
+        findings += _check_split(split, manifest, task)
+        findings += task.check_rows(split, length)
+        digests[name] = row_digests(np.asarray(split.tokens), split.offsets, split.documents)
+    findings.append(_check_duplicates(digests, manifest["duplicates"], task))
+    return findings
+
+
+def _equal(what: str, recorded: Any, found: Any) -> Finding:
+    return Finding(
+        what, recorded == found, str(found) if recorded == found else f"manifest: {recorded}, found: {found}"
+    )
+
+
+def _check_manifest(manifest: dict[str, Any], task: Task, length: int) -> list[Finding]:
+    intact = manifest_hash(manifest) == manifest["manifest_sha256"]
+    vocabulary = task.vocabulary()
+    wrong = [
+        f"{index}: {held!r}, not {expected!r}"
+        for index, (held, expected) in enumerate(zip(manifest["vocabulary"], vocabulary, strict=False))
+        if held != expected
+    ]
+    if len(manifest["vocabulary"]) != len(vocabulary):
+        wrong.append(f"{len(manifest['vocabulary'])} symbols, not {len(vocabulary)}")
+    if manifest["vocabulary_sha256"] != vocabulary_hash(manifest["vocabulary"]):
+        wrong.append("its SHA-256 in the manifest is of another vocabulary")
+    shape = ("input", "documents", "num_classes", "dtype", "vocab_size")
+    expected_shape = (task.stored, task.documents, task.num_classes, task.dtype, task.vocab_size)
+    return [
+        Finding(
+            "manifest",
+            intact,
+            "as it was written" if intact else "changed since it was written (SHA-256 differs)",
+        ),
+        _equal("variant", manifest["variant"], task.variant(length)),
+        _equal("variant name", manifest["variant_name"], task.variant_name(length)),
+        _equal("kind of numbers", [manifest[key] for key in shape], list(expected_shape)),
+        Finding("vocabulary", not wrong, "; ".join(wrong) or f"{len(vocabulary)} entries"),
+    ]
+
+
+def _check_file(path: Path, entry: dict[str, Any] | None) -> tuple[Finding, str | None]:
+    """The finding, and the file's SHA-256 where there is a file."""
+    what = f"file {path.name}"
+    if not path.is_file():
+        return Finding(what, False, "missing"), None
+    with open(path, "rb") as handle:
+        sha256 = hashlib.file_digest(handle, "sha256").hexdigest()
+    size = path.stat().st_size
+    if entry is None:
+        return Finding(what, False, "not listed in the manifest"), sha256
+    if size != entry["size"]:
+        return Finding(what, False, f"{size:,} bytes, not {entry['size']:,}"), sha256
+    same = sha256 == entry["sha256"]
+    return Finding(what, same, f"{size:,} bytes" if same else "its bytes changed (SHA-256 differs)"), sha256
+
+
+def _read_split(path: Path, name: str, task: Task) -> Split:
+    """The split if its files fit together; ValueError or OSError says why they do not."""
+    tokens, offsets, labels = (
+        np.memmap(path / file_name(name, part), disk_dtype(part, task.dtype), mode="c") for part in PARTS
+    )
+    if len(offsets) != len(labels) * task.documents + 1:
+        raise ValueError(f"{len(offsets):,} offsets do not fit {len(labels):,} labels")
+    if offsets[0] != 0 or offsets[-1] != len(tokens):
+        raise ValueError(
+            f"offsets run from {offsets[0]:,} to {offsets[-1]:,}, there are {len(tokens):,} tokens"
+        )
+    backwards = np.flatnonzero(np.diff(offsets) <= 0)
+    if len(backwards):
+        raise ValueError(f"offsets do not rise after document {backwards[0]:,}")
+    return Split(name, tokens, offsets, labels.astype(np.int64), task.documents)
+
+
+def _check_split(split: Split, manifest: dict[str, Any], task: Task) -> list[Finding]:
+    found = summary(split.lengths, split.labels, task.num_classes)
+    recorded = manifest["splits"].get(split.name, {})
+    pixels = task.stored == "pixels"
+    low, high = (0, 255) if pixels else (1, task.vocab_size - 1)
+    smallest, largest = int(split.tokens.min()), int(split.tokens.max())
+    top = int(split.labels.max())
+    return [
+        _equal(f"{split.name} rows", recorded.get("rows"), found["rows"]),
+        _equal(f"{split.name} tokens", recorded.get("tokens"), found["tokens"]),
+        _equal(f"{split.name} label counts", recorded.get("label_counts"), found["label_counts"]),
+        _equal(f"{split.name} lengths", recorded.get("length"), found["length"]),
+        Finding(f"{split.name} labels", top < task.num_classes, f"0 to {top} of {task.num_classes} classes"),
+        Finding(
+            f"{split.name} {'pixels' if pixels else 'ids'}",
+            low <= smallest and largest <= high,
+            f"{smallest} to {largest}, allowed {low} to {high}",
+        ),
+    ]
+
+
+def _check_duplicates(digests: dict[str, list[bytes]], recorded: dict[str, Any], task: Task) -> Finding:
+    unread = [name for name in SPLITS if name not in digests]
+    if unread:
+        return Finding("disjoint splits", False, f"not checked: {', '.join(unread)} cannot be read")
+    found = duplicates(digests)
+    shared = {pair: count for pair, count in found["between"].items() if count}
+    detail = ", ".join(f"{pair.replace(' ', ' and ')} share {count:,}" for pair, count in shared.items())
+    if found != recorded:
+        return Finding("disjoint splits", False, f"manifest: {recorded}, found: {found}")
+    repeated = sum(found["within"].values())
+    detail = f"{detail or 'no row in two splits'}; {repeated:,} rows repeat one of their own split"
+    if not task.disjoint:
+        return Finding("disjoint splits", True, f"{detail} (the source's own repetitions)")
+    return Finding("disjoint splits", not shared, detail)

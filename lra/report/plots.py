@@ -1,0 +1,341 @@
+"""Figures: accuracy against speed, with memory as the area of a marker."""
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lra.errors import UserError
+from lra.report import groups as grouping
+from lra.report.cells import number
+from lra.report.groups import Group, Row
+from lra.report.labels import Box, Spot, place_labels
+from lra.report.style import Style, styles
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SUFFIXES = (".png", ".svg", ".pdf")
+PANELS = 4  # per figure
+LARGEST, SMALLEST, UNKNOWN = 560.0, 12.0, 32.0  # drawn areas in square points
+INK, FAINT = "#222222", "#8A8A8A"
+LEVELS = {"identity": (0, (5, 3)), "majority class": (0, (1, 2))}  # line styles
+SPEEDS = {"tokens_per_s": "tokens/s", "examples_per_s": "examples/s"}
+LOOK = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "svg.hashsalt": "lra",  # the same records give the same file
+}
+
+
+@dataclass(frozen=True)
+class _Point:
+    row: Row
+    speed: float
+    accuracy: float  # percent, as are `below` and `above`, the arms of the error bar
+    below: float
+    above: float
+    memory: float | None
+
+
+@dataclass
+class _Panel:
+    group: Group
+    points: list[_Point]
+    left_out: list[str]
+
+
+def accuracy_speed(frame: "pd.DataFrame", path: str | Path) -> list[Path]:
+    """Draws accuracy against training speed, a panel per task, length and conditions; returns the files.
+
+    More than four panels go on to further files, `name-2.png` and so on. UserError for another suffix than
+    .png, .svg and .pdf, for a path that cannot be written, and if no run has both an accuracy and a speed.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
+        raise UserError(f"cannot draw '{path}': a figure ends in {', '.join(SUFFIXES)}; rename the output")
+    if not path.parent.is_dir() or path.is_dir():
+        what = "is a folder" if path.is_dir() else f"'{path.parent}' is not a folder"
+        raise UserError(f"cannot write '{path}': {what}; name a file in an existing folder")
+    import matplotlib
+
+    groups = grouping.train_groups(frame, ties=False)
+    speed = max(
+        SPEEDS, key=lambda key: sum(row.mean(key) is not None for group in groups for row in group.rows)
+    )
+    every = [_panel(group, speed) for group in groups]
+    panels = [panel for panel in every if panel.points]
+    if not panels:
+        raise UserError(
+            "nothing to plot: no run here has both a test accuracy and a speed; "
+            "see `lra table` for what the runs gave, or make one: lra train task=listops model=linear"
+        )
+    looks = styles({point.row.mechanism for panel in panels for point in panel.points})
+    written = []
+    for first in range(0, len(panels), PANELS):
+        number_of = first // PANELS + 1
+        target = path if first == 0 else path.with_name(f"{path.stem}-{number_of}{path.suffix}")
+        with matplotlib.rc_context(LOOK):
+            _save(_draw(panels[first : first + PANELS], looks, SPEEDS[speed]), target)
+        written.append(target)
+    return written
+
+
+def _save(figure: "Figure", path: Path) -> None:
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    undated = {} if path.suffix.lower() == ".png" else {"metadata": {"CreationDate": None}}
+    undated = {"metadata": {"Date": None}} if path.suffix.lower() == ".svg" else undated
+    try:
+        figure.savefig(temporary, dpi=200, **undated)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write '{path}': {error.strerror}; choose another place") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _panel(group: Group, speed: str) -> _Panel:
+    points, left_out = [], []
+    for row in group.rows:
+        summary, at = row.summary, row.mean(speed)
+        if summary.mean is None or not at:
+            left_out.append(
+                f"{row.label} ({row.state if not row.ok else 'no accuracy' if at else 'no speed'})"
+            )
+            continue
+        arms = (summary.mean, summary.mean) if summary.low is None else (summary.low, summary.high)
+        accuracy, low, high = (100 * value for value in (summary.mean, *arms))
+        points.append(_Point(row, at, accuracy, accuracy - low, high - accuracy, row.mean("peak_mem_mib")))
+    return _Panel(group, points, left_out)
+
+
+def _draw(panels: list[_Panel], looks: dict[str, Style], speed: str) -> "Figure":
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(len(panels), 2)
+    rows = math.ceil(len(panels) / columns)
+    size = (7.4, 5.2) if len(panels) == 1 else (12.0, 5.0 * rows)
+    figure = Figure(figsize=size, layout=None)
+    FigureCanvasAgg(figure)
+    foot = 0.95 / size[1]  # an inch or so for the legend and the notes
+    grid = figure.add_gridspec(
+        rows,
+        columns,
+        left=0.68 / size[0],
+        right=1 - 0.35 / size[0],
+        bottom=foot + 0.5 / size[1],
+        top=1 - 0.62 / size[1],
+        wspace=0.16,
+        hspace=0.36,
+    )
+    memories = [point.memory for panel in panels for point in panel.points if point.memory]
+    scale = LARGEST / max(memories, default=1.0)
+    all_axes = [figure.add_subplot(grid[i // columns, i % columns]) for i in range(len(panels))]
+    for axes, panel in zip(all_axes, panels, strict=True):
+        _draw_panel(axes, panel, looks, scale, speed)
+    _legend(figure, panels, memories, scale)
+    for axes, panel in zip(all_axes, panels, strict=True):
+        _label(axes, panel, looks, scale)
+    return figure
+
+
+def _area(point: _Point, scale: float) -> float:
+    """The area to draw, in square points."""
+    return max(SMALLEST, point.memory * scale) if point.memory else UNKNOWN
+
+
+def _marker(style: Style, area: float) -> tuple[float, float, float]:
+    """What `scatter` calls the size of a marker of some area, and its half width and half height in points.
+
+    Matplotlib's markers of one nominal size differ in area by a factor of two.
+    """
+    import numpy as np
+    from matplotlib.markers import MarkerStyle
+
+    marker = MarkerStyle(style.marker)
+    outline = marker.get_path().transformed(marker.get_transform()).to_polygons()[0]
+    x, y = outline[:, 0], outline[:, 1]
+    unit = 0.5 * abs(float(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))))
+    side = math.sqrt(area / unit)
+    return side**2, side * float(abs(x).max()), side * float(abs(y).max())
+
+
+def _draw_panel(axes: "Axes", panel: _Panel, looks: dict[str, Style], scale: float, speed: str) -> None:
+    from matplotlib.colors import to_rgba
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    title, *rest = panel.group.title()
+    rest = [part for part in rest if not part.startswith("majority")]
+    axes.set_title(title, loc="left", fontsize=10.5, fontweight="bold", color=INK, pad=22)
+    axes.text(0, 1.025, "   ".join(rest), transform=axes.transAxes, fontsize=7.5, color=FAINT, va="bottom")
+    axes.set_xscale("log")
+    axes.grid(True, which="major", color="#E8E8E8", linewidth=0.7)
+    axes.set_axisbelow(True)
+    for point in sorted(panel.points, key=lambda p: -(p.memory or 0)):  # small markers on top of large ones
+        style = looks[point.row.mechanism]
+        face = to_rgba(style.colour, 0.45) if point.memory else "white"  # what lies below shows through
+        axes.scatter(
+            point.speed, point.accuracy, _marker(style, _area(point, scale))[0], marker=style.marker,
+            facecolor=face, edgecolor=style.colour, linewidth=1.1, zorder=3,
+        )  # fmt: skip
+        arms = [[point.below], [point.above]]
+        layer = 3.5 if point.memory else 2.5  # a hollow marker stays hollow
+        axes.errorbar(
+            point.speed, point.accuracy, arms, color=style.colour, elinewidth=1, capsize=2.5, zorder=layer
+        )
+    speeds = [math.log10(point.speed) for point in panel.points]
+    span = max(0.6, 1.34 * (max(speeds) - min(speeds)))  # room for names at both ends
+    middle = (max(speeds) + min(speeds)) / 2
+    axes.set_xlim(10 ** (middle - span / 2), 10 ** (middle + span / 2))
+    low, high = _range(panel)
+    axes.set_ylim(low, high)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if span < 2.2 else (1.0,)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel(f"training speed, {speed} (log scale)")
+    axes.set_ylabel("test accuracy, %")
+
+
+def _tick(value: float) -> str:
+    for scale, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= scale:
+            return f"{value / scale:g}{prefix}"
+    return f"{value:g}"
+
+
+def _range(panel: _Panel) -> tuple[float, float]:
+    """Limits of the accuracy axis; a majority rate that would take half of it stays outside."""
+    low = min(point.accuracy - point.below for point in panel.points)
+    high = max(point.accuracy + point.above for point in panel.points)
+    room = max(high - low, 2.0)
+    for value, _ in _levels(panel):
+        low, high = (min(low, value), max(high, value)) if low - value < room else (low, high)
+    margin = max(0.11 * (high - low), 0.6)
+    return low - margin, high + margin
+
+
+def _levels(panel: _Panel) -> list[tuple[float, str]]:
+    """What a mechanism has to beat, in percent, with its name."""
+    found = [(p.accuracy, "identity") for p in panel.points if p.row.mechanism == "identity"][:1]
+    majority = panel.group.majority
+    return found + ([(100 * majority, "majority class")] if majority is not None else [])
+
+
+def _label(axes: "Axes", panel: _Panel, looks: dict[str, Style], scale: float) -> None:
+    """Names the points and the levels so that no text covers a marker or another text."""
+    from matplotlib.patheffects import withStroke
+
+    figure = axes.figure
+    renderer = figure.canvas.get_renderer()
+    per_point = figure.dpi / 72
+    left, bottom, right, top = axes.get_window_extent(renderer).extents
+    frame = Box(left + 4, bottom, right - 4, top)
+    obstacles, spots = [], []
+    for point in panel.points:
+        x, y = axes.transData.transform((point.speed, point.accuracy))
+        sizes = _marker(looks[point.row.mechanism], _area(point, scale))[1:]
+        half_width, half_height = (size * per_point for size in sizes)
+        _, low = axes.transData.transform((point.speed, point.accuracy - point.below))
+        _, high = axes.transData.transform((point.speed, point.accuracy + point.above))
+        obstacles += [Box.around(x, y, 2 * half_width, 2 * half_height), Box(x - 3, low, x + 3, high)]
+        spots.append(Spot(x, y, max(half_width, half_height), *_extent(axes, point.row.label, 8.5, renderer)))
+    obstacles += _label_levels(axes, panel, frame, obstacles, renderer)
+    places = place_labels(spots, obstacles, frame, gap=2.5 * per_point)
+    invert = axes.transData.inverted().transform
+    halo = [withStroke(linewidth=2.2, foreground="white")]
+    for point, spot, place in zip(panel.points, spots, places, strict=True):
+        text = axes.text(
+            *invert((place.x, place.y)), point.row.label, fontsize=8.5, color=INK, ha="center", zorder=5
+        )
+        text.set(va="center", path_effects=halo)
+        if place.distance > 7 * per_point or place.doubtful:
+            edge = Box.around(place.x, place.y, spot.width, spot.height).nearest(spot.x, spot.y)
+            ends = zip(invert(edge), invert((spot.x, spot.y)), strict=True)
+            axes.plot(*ends, color=looks[point.row.mechanism].colour, linewidth=0.7, zorder=4)
+
+
+def _extent(axes: "Axes", text: str, size: float, renderer: Any) -> tuple[float, float]:
+    artist = axes.text(0, 0, text, fontsize=size)
+    box = artist.get_window_extent(renderer)
+    artist.remove()
+    return box.width, box.height
+
+
+def _label_levels(axes: "Axes", panel: _Panel, frame: Box, markers: list[Box], renderer: Any) -> list[Box]:
+    """Draws and names the levels where that covers least; returns what other names should keep clear of."""
+    taken: list[Box] = []
+    for value, name in _levels(panel):
+        below = value < axes.get_ylim()[0]
+        text = f"{name} {value:.1f} %" + (" (below)" if below else "")
+        width, height = _extent(axes, text, 7.5, renderer)
+        _, y = axes.transData.transform((axes.get_xlim()[0], value))
+        if below:
+            y = frame.bottom
+        else:
+            axes.axhline(value, color=FAINT, linewidth=1, linestyle=LEVELS[name], zorder=1)
+        places = [
+            Box(x, y + dy - height / 2, x + width, y + dy + height / 2)
+            for x in (frame.left, frame.right - width, (frame.left + frame.right - width) / 2)
+            for dy in ((0.8 * height,) if below else (0.8 * height, -0.8 * height))
+        ]
+        best = min(
+            places, key=lambda box: sum(box.overlap(m) for m in markers + taken * 2) + 2 * box.outside(frame)
+        )
+        x, y_text = axes.transData.inverted().transform((best.left, (best.bottom + best.top) / 2))
+        axes.text(x, y_text, text, fontsize=7.5, color="#666666", va="center", zorder=4)
+        taken += [best] if below else [best, Box(frame.left, y - 1, frame.right, y + 1)]
+    return taken
+
+
+def _legend(figure: "Figure", panels: list[_Panel], memories: list[float], scale: float) -> None:
+    """Below the panels: what a marker's area means, what the bars cover, what could not be drawn."""
+    from matplotlib.lines import Line2D
+
+    handles, labels = [], []
+    for memory in _round_sizes(memories):
+        size = 2 * math.sqrt(max(SMALLEST, memory * scale) / math.pi)
+        handles.append(
+            Line2D([], [], marker="o", linestyle="", markersize=size, color="#9A9A9A", mec="white")
+        )
+        labels.append(f"{number(memory)} MiB")
+    if any(point.memory is None for panel in panels for point in panel.points):
+        handles.append(Line2D([], [], marker="o", linestyle="", markersize=6.3, mfc="white", mec="#707070"))
+        labels.append("memory not known")
+    height = figure.get_size_inches()[1]
+    if handles:
+        figure.text(0.02, 0.56 / height, "marker area: peak memory", fontsize=8, color=INK, va="center")
+        left = 0.02 + 1.65 / figure.get_size_inches()[0]
+        figure.legend(
+            handles, labels, loc="center left", bbox_to_anchor=(left, 0.56 / height), ncols=len(labels),
+            frameon=False, fontsize=8, handlelength=3.2, handletextpad=0.3, columnspacing=1.6,
+            borderaxespad=0,
+        )  # fmt: skip
+    bars = "bars: 95 % interval over seeds and test set"
+    if any(point.row.summary.num_seeds == 1 for panel in panels for point in panel.points):
+        bars += " (one seed: test set only)"
+    left_out = [name for panel in panels for name in panel.left_out]
+    notes = bars + (f";  not drawn: {', '.join(dict.fromkeys(left_out))}" if left_out else "")
+    limit = int(figure.get_size_inches()[0] * 19)
+    notes = notes if len(notes) <= limit else notes[: limit - 3] + "..."
+    figure.text(0.02, 0.16 / height, notes, fontsize=8, color="#666666", va="center")
+
+
+def _round_sizes(memories: list[float]) -> list[float]:
+    """Up to three round numbers of MiB that span the memories."""
+    if not memories:
+        return []
+    steps = [m * 10.0**e for e in range(-1, 8) for m in (1, 2, 5)]
+    inside = [s for s in steps if min(memories) * 0.8 <= s <= max(memories)]
+    if not inside:
+        return [float(f"{max(memories):.1g}")]
+    return sorted({inside[0], inside[len(inside) // 2], inside[-1]})

@@ -1,0 +1,174 @@
+"""Intervals and ties for accuracies measured with few seeds on one shared test set.
+
+Two things move a measured accuracy: the seed, and which examples happen to be in the test set. An interval
+that leaves out either is too narrow, and a comparison that leaves out the seeds calls luck a difference: an
+example-wise test (McNemar, or a bootstrap over examples) of mechanisms whose seeds scatter by two points
+declares some difference in most tables of equals. Hence both questions are answered here with both
+variances.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+LEVEL = 0.95
+ALPHABET = "abcdefghijklmnopqrstuvwxyz"
+BOTH, TEST_ONLY, SEEDS_ONLY = "seeds and test set", "test set only", "seeds only"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Accuracy of one mechanism, as fractions; `low` to `high` is the interval, `basis` what it joins."""
+
+    num_seeds: int
+    mean: float | None
+    std: float | None
+    low: float | None
+    high: float | None
+    basis: str | None
+
+
+def summarise(accuracies: Sequence[float], num_test: int | None, *, level: float = LEVEL) -> Summary:
+    """Mean, spread over seeds (ddof 1) and an interval for the accuracy on unseen seeds and examples.
+
+    Several seeds: se^2 = s^2/n + p(1-p)/N, with Satterthwaite's degrees of freedom (the seed term has n -
+    1, the test term is taken as known). The sum is exact if seeds err on the same examples and wide
+    otherwise, since s^2 then holds part of the test variance. One seed: Wilson's interval of the test set
+    alone. Without `num_test`: the seeds alone.
+    """
+    n = len(accuracies)
+    if n == 0:
+        return Summary(0, None, None, None, None, None)
+    mean = float(np.mean(accuracies))
+    if n == 1:
+        low, high = wilson(mean, num_test, level=level) if num_test else (None, None)
+        return Summary(1, mean, None, low, high, TEST_ONLY if num_test else None)
+    std = float(np.std(accuracies, ddof=1))
+    of_seeds = std**2 / n
+    of_test = mean * (1 - mean) / num_test if num_test else 0.0
+    if of_seeds + of_test == 0.0:  # every seed at 0 or 1, or no test size: the formula's width is zero
+        low, high = wilson(mean, num_test, level=level) if num_test else (None, None)
+        return Summary(n, mean, std, low, high, BOTH if num_test else None)
+    from scipy.special import stdtrit  # the t quantile of scipy.stats, without its start-up time
+
+    freedom = (n - 1) * (1 + of_test / of_seeds) ** 2 if of_seeds > 0 else math.inf
+    half = float(stdtrit(freedom, 0.5 + level / 2)) * math.sqrt(of_seeds + of_test)
+    basis = BOTH if num_test else SEEDS_ONLY
+    return Summary(n, mean, std, max(0.0, mean - half), min(1.0, mean + half), basis)
+
+
+def wilson(accuracy: float, num_test: int, *, level: float = LEVEL) -> tuple[float, float]:
+    """Wilson's interval for a share of `num_test` examples; stays inside [0, 1] and never has zero width."""
+    from scipy.special import ndtri
+
+    z = float(ndtri(0.5 + level / 2))
+    scale = 1 + z**2 / num_test
+    centre = (accuracy + z**2 / (2 * num_test)) / scale
+    half = z * math.sqrt(accuracy * (1 - accuracy) / num_test + z**2 / (4 * num_test**2)) / scale
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+# Ties. r rows, n seeds, N test examples.
+
+
+def tie_p_values(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Paired p-value for each pair of rows, in the order of `itertools.combinations`.
+
+    Each row is bool [n N]: seeds by the same N test examples, n >= 2. Null: equal accuracy over seeds and
+    examples. The variance of a difference of means is the seed variance of both rows plus the variance over
+    examples of the paired difference. Two or three seeds can agree by luck, so a row's seed variance is its
+    own or the one pooled over all rows, whichever is larger, and Satterthwaite's degrees of freedom follow
+    that choice. One imaginary example in each direction (Agresti and Min 2005) keeps a handful of
+    discordant examples from deciding.
+    """
+    assert all(len(row) >= 2 for row in rows), "one seed says nothing about the spread over seeds"
+    assert len({row.shape[1] for row in rows}) <= 1, "rows of different test sets cannot be paired"
+    from scipy.special import stdtr
+
+    spreads = [float(row.mean(axis=1).var(ddof=1)) for row in rows]
+    own_freedom = [len(row) - 1 for row in rows]
+    pooled_freedom = sum(own_freedom)
+    pooled = sum(f * s for f, s in zip(own_freedom, spreads, strict=True)) / max(pooled_freedom, 1)
+    of_seeds = [max(s, pooled) / len(row) for s, row in zip(spreads, rows, strict=True)]
+    freedoms = [f if s > pooled else pooled_freedom for f, s in zip(own_freedom, spreads, strict=True)]
+    per_example = [row.mean(axis=0) for row in rows]  # share of seeds that got it right, [N]
+
+    p_values = []
+    for a, b in itertools.combinations(range(len(rows)), 2):
+        difference = per_example[a] - per_example[b]
+        gap = float(difference.mean())
+        of_examples = (float(((difference - gap) ** 2).sum()) + 2) / difference.size**2
+        variance = of_seeds[a] + of_seeds[b] + of_examples
+        parts = (
+            of_seeds[a] ** 2 / freedoms[a] + of_seeds[b] ** 2 / freedoms[b] + of_examples**2 / difference.size
+        )
+        p_values.append(2 * float(stdtr(variance**2 / parts, -abs(gap) / math.sqrt(variance))))
+    return np.asarray(p_values)
+
+
+def holm(p_values: np.ndarray) -> np.ndarray:
+    """Holm's adjusted p-values: rejecting those up to alpha keeps the family-wise error at alpha."""
+    p_values = np.asarray(p_values, dtype=np.float64)
+    order = np.argsort(p_values, kind="stable")
+    factors = len(p_values) - np.arange(len(p_values))
+    adjusted = np.empty_like(p_values)
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(p_values[order] * factors))
+    return adjusted
+
+
+def tie_letters(rows: Sequence[np.ndarray], *, level: float = LEVEL) -> list[str]:
+    """Letters per row, the best with `a`: rows that share one cannot be told apart (Holm over all pairs).
+
+    Each row is bool [n N], n >= 2, with the same N test examples.
+    """
+    count = len(rows)
+    different = np.zeros((count, count), dtype=bool)
+    if count > 1:
+        adjusted = holm(tie_p_values(rows))
+        for (i, j), p in zip(itertools.combinations(range(count), 2), adjusted, strict=True):
+            different[i, j] = different[j, i] = p <= 1 - level
+    order = sorted(range(count), key=lambda i: -float(np.mean(rows[i])))
+    letters = compact_letters(different[np.ix_(order, order)])
+    return [letters[order.index(i)] for i in range(count)]
+
+
+def compact_letters(different: np.ndarray) -> list[str]:
+    """Compact letter display: two ranked rows share a letter if and only if not `different` (bool [r r]).
+
+    Insert and absorb (Piepho 2004): start with one letter for all, split it at each difference, drop
+    letters whose rows another letter holds too. Letters are given in the order of the rows. Where that
+    would take more than an alphabet (dozens of rows, some with a wide spread), two rows count as different
+    only if every pair of rows ranked around them is: fewer differences, never a false one more, and each
+    letter is then a run of rows.
+    """
+    columns = _insert_and_absorb(different) or _runs(different)
+    columns.sort(key=lambda c: sorted(c))
+    return ["".join(_letter(k) for k, c in enumerate(columns) if row in c) for row in range(len(different))]
+
+
+def _insert_and_absorb(different: np.ndarray) -> list[frozenset[int]] | None:
+    columns = [frozenset(range(len(different)))]
+    for i, j in itertools.combinations(range(len(different)), 2):
+        if not different[i, j]:
+            continue
+        split = [part for c in columns for part in ([c - {i}, c - {j}] if i in c and j in c else [c])]
+        unique = list(dict.fromkeys(split))
+        columns = [c for c in unique if not any(c < other for other in unique)]
+        if len(columns) > len(ALPHABET):
+            return None
+    return columns
+
+
+def _runs(different: np.ndarray) -> list[frozenset[int]]:
+    count = len(different)
+    reach = [max(j for j in range(count) if j == i or not different[i, j]) for i in range(count)]
+    reach = np.maximum.accumulate(reach)  # a tie with a later row holds for every row ranked in between
+    starts = [i for i in range(count) if i == 0 or reach[i] > reach[i - 1]]
+    return [frozenset(range(i, int(reach[i]) + 1)) for i in starts]
+
+
+def _letter(index: int) -> str:
+    return ALPHABET[index] if index < len(ALPHABET) else f"[{index + 1}]"

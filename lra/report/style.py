@@ -1,0 +1,56 @@
+"""One colour and one marker per mechanism, the same in every figure.
+
+Eight colours by eight markers give 64 looks. The colours are those of Okabe and Ito, which readers with any
+of the common colour deficiencies can tell apart, with grey in place of yellow, which vanishes on white.
+Shape repeats what colour says, so that a figure also survives a black-and-white printer.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#7F7F7F")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
+
+# A name's place decides its look: append, never insert.
+KNOWN = (
+    "softmax", "linear", "nystrom", "performer", "linformer", "luna", "identity", "global_mean",
+    "local", "reformer", "bigbird", "fnet", "longformer", "synthesizer", "sinkhorn", "sparse",
+    "mega", "mega_chunk", "s4", "s4d", "s5", "lru", "skyformer", "kernelized",
+    "cosformer", "informer", "rfa", "hyena", "sgconv", "retnet", "gla", "mamba",
+    "h_transformer", "transformer_ls", "yoso", "star", "routing", "external", "taylor", "deltanet",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Style:
+    colour: str
+    marker: str
+
+
+def styles(names: Iterable[str]) -> dict[str, Style]:
+    """The look of each name; names that are not known get one of the free looks by the hash of the name.
+
+    Two unknown names whose hashes meet are told apart in alphabetical order, so the answer depends on the
+    set of names and not on their order. Past 64 names, looks repeat.
+    """
+    names = set(names)
+    places = {name: KNOWN.index(name) for name in names if name in KNOWN}
+    count = len(COLOURS) * len(MARKERS)
+    taken = set(range(len(KNOWN)))
+    for name in sorted(names - set(places)):
+        if len(taken) == count:
+            taken = set(places.values())
+        if len(taken) == count:
+            taken = set()
+        place = int(hashlib.sha256(name.encode()).hexdigest(), 16) % count
+        while place in taken:
+            place = (place + 1) % count
+        places[name] = place
+        taken.add(place)
+    return {name: _look(place) for name, place in places.items()}
+
+
+def _look(place: int) -> Style:
+    row, column = divmod(place, len(COLOURS))
+    return Style(COLOURS[column], MARKERS[(column + row) % len(MARKERS)])

@@ -1,0 +1,265 @@
+"""Records to tables: what stands in which cell; how a table looks is the matter of `render`."""
+
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+from lra.errors import UserError, unknown
+from lra.report import groups as grouping
+from lra.report import matrices, published, stats
+from lra.report.cells import Column, Table, accuracy_text, interval_text, number, published_text, si
+from lra.report.groups import Group, Row, distinct, extra_of, value_text
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+BY = ("length", "task")
+REASON_WIDTH = 90
+
+RANKED = [
+    Column("mechanism", "mechanism", left=True, wrap=True),
+    Column("n", "n"),
+    Column("accuracy", "accuracy ± std", left=True),
+    Column("ci95", "95 %", drop=6, left=True),
+    Column("published", "published", drop=5),
+    Column("params", "params", drop=1),
+    Column("step_ms", "step ms", drop=4),
+    Column("tokens_per_s", "tokens/s", drop=2),
+    Column("peak_mem_mib", "peak MiB", drop=3),
+    Column("note", "note", left=True, wrap=True),
+]
+
+MEASURED = [
+    Column("mechanism", "mechanism", left=True, wrap=True),
+    Column("mode", "mode", left=True),
+    Column("length", "length"),
+    Column("batch_size", "batch", drop=2),
+    Column("step_ms", "step ms"),
+    Column("tokens_per_s", "tokens/s", drop=3),
+    Column("peak_mem_mib", "peak MiB", drop=4),
+    Column("params", "params", drop=1),
+    Column("status", "status", left=True),
+    Column("note", "note", left=True, wrap=True),
+]
+
+
+def build(frame: "pd.DataFrame", by: str | None = None) -> list[Table]:
+    """Every table of a frame of records (`records.load`), in print order.
+
+    `by="task"`: one matrix of accuracies, mechanisms by tasks, per recipe and device. Else one section per
+    task, length and conditions, and matrices by length for what was run at several lengths. Measurements
+    follow.
+    """
+    if by is not None and by not in BY:
+        raise unknown("way to arrange tables", by, BY)
+    if frame.empty:
+        raise UserError("no records to make a table of; name run folders, or make a run first")
+    found = grouping.train_groups(frame)
+    if by == "task":
+        tables = matrices.task_matrices(found, _section_data)
+    else:
+        tables = [section(group) for group in found] + matrices.length_matrices(found)
+    for group in grouping.measure_groups(frame):
+        tables += [measure_section(group), *matrices.measure_matrices(group)]
+    return tables
+
+
+# Training runs.
+
+
+def section(group: Group) -> Table:
+    """One ranked table: mechanisms by accuracy, floors at the bottom."""
+    cells = [_published(group, row) for row in group.rows]
+    rows = [
+        {
+            "mechanism": row.label,
+            "n": str(row.summary.num_seeds),
+            "accuracy": accuracy_text(row.summary, row.letters),
+            "ci95": interval_text(row.summary),
+            "published": published_text(cell),
+            "params": si(row.mean("num_params"), " "),
+            "step_ms": number(row.mean("step_ms")),
+            "tokens_per_s": si(row.mean("tokens_per_s")),
+            "peak_mem_mib": number(row.mean("peak_mem_mib")),
+            "note": "; ".join(notes(group, row)),
+        }
+        for row, cell in zip(group.rows, cells, strict=True)
+    ]
+    filled = [
+        c for c in RANKED if c.key not in ("published", "note") or any(row[c.key] != "" for row in rows)
+    ]
+    return Table(group.title(), filled, rows, footnotes(group, cells), _section_data(group))
+
+
+def _published(group: Group, row: Row) -> published.Cell | None:
+    facts = group.facts
+    return published.lookup(facts["paper"], facts["task"], row.mechanism, length=facts["length"])
+
+
+def notes(group: Group, row: Row) -> list[str]:
+    """What a reader must know before quoting the row."""
+    found = failure_notes(row)
+    summary = row.summary
+    if summary.num_seeds == 1:
+        found.append("1 seed: no verdict")
+    bound = summary.low if summary.low is not None else summary.mean
+    if bound is not None and group.majority is not None and bound <= group.majority:
+        found.append("at majority")
+    if len(row.ok) > summary.num_seeds:
+        found.append(f"{_runs(len(row.ok) - summary.num_seeds)} without test accuracy")
+    if row.repeats:
+        found.append(f"{_runs(row.repeats)} of a seed already counted")
+    found += unusual_steps(group, row)
+    own = value_text("own", {k: v for k, v in row.own.items() if f"{k}={v}" not in row.label})
+    deviations = [value_text("deviations", d) for d in distinct(run["deviations"] for run in row.runs) if d]
+    found += [own] * bool(own) + [f"deviates: {d}" for d in deviations if d not in row.label]
+    return found
+
+
+def unusual_steps(group: Group, row: Row) -> list[str]:
+    """How the row's steps were run, where that is not what the title says."""
+    modes = distinct(run["step_mode"] for run in row.ok)
+    return [f"steps {', '.join(modes)}"] if modes and modes != group.step_modes[:1] else []
+
+
+def short_reason(reason: object) -> str:
+    """A reason on one line, cut to what a table can hold."""
+    text = " ".join(str(reason or "").split())
+    return text if len(text) <= REASON_WIDTH else text[: REASON_WIDTH - 3] + "..."
+
+
+def failure_notes(row: Row) -> list[str]:
+    """`1 run: diverged at step 812`, the most frequent first, two of them in full."""
+    found = []
+    for (status, reason), count in row.failures.most_common():
+        reason = short_reason(reason)
+        says_so = reason.lower().startswith((status, "out of memory" if status == "oom" else status))
+        found.append(f"{_runs(count)}: {reason if says_so else f'{status} ({reason})' if reason else status}")
+    rest = sum(count for _, count in row.failures.most_common()[2:])
+    return found[:2] + [f"{_runs(rest)} failed otherwise"] * (rest > 0)
+
+
+def _runs(count: int) -> str:
+    return f"{count} run" + "s" * (count != 1)
+
+
+def footnotes(group: Group, cells: list[published.Cell | None]) -> list[str]:
+    """What the letters and marks in a section mean, and what could not be said."""
+    found = []
+    letters = sorted(set("".join(row.letters for row in group.rows)))
+    if letters:
+        found.append(
+            f"{', '.join(letters)}: rows that share a letter cannot be told apart "
+            f"(paired test over seeds and {group.num_paired:,} examples, Holm)"
+        )
+    missing = defaultdict(list)
+    for row in group.rows:
+        if row.no_letters:
+            missing[row.no_letters].append(row.label)
+    lead = "no letter" if letters else "no letters"
+    comparable = sum(bool(row.ok) for row in group.rows) > 1
+    found += [
+        f"{lead} for want of {reason}: {', '.join(rows)}" for reason, rows in missing.items() if comparable
+    ]
+    bases = {row.summary.basis for row in group.rows}
+    if stats.TEST_ONLY in bases:
+        found.append("†: interval of the test set only; one seed does not show the spread over seeds")
+    if stats.SEEDS_ONLY in bases:
+        found.append("‡: interval of the seeds only; the size of the test set is not on record")
+    shown = [cell for cell in cells if cell is not None]
+    if any(cell.recalled for cell in shown):
+        found.append("~: published number written from memory, not read in its source")
+    if any(cell.copied for cell in shown):
+        found.append(
+            "(published): the paper took the number over from an earlier one; its recipe never ran it"
+        )
+    return found + memory_footnotes(group.rows)
+
+
+def memory_footnotes(rows: list[Row]) -> list[str]:
+    """How peak memory was measured, where a record says so; by row if rows differ."""
+    methods = defaultdict(list)
+    for row in rows:
+        for method in distinct(extra_of(run, "peak_mem_method") for run in row.ok):
+            methods[method].append(row.label)
+    if len(methods) == 1:
+        return [f"peak MiB: {method}" for method in methods]
+    return [f"peak MiB of {', '.join(dict.fromkeys(labels))}: {method}" for method, labels in methods.items()]
+
+
+# Measurements.
+
+
+def measure_section(group: Group) -> Table:
+    """Time and memory of a step, a line per mechanism, mode and length; the fastest of each length first."""
+    rows = []
+    for row in group.rows:
+        alone = len(row.runs) == 1 and not row.ok  # the status column says the rest
+        failures = [short_reason(row.runs[0]["reason"])] if alone else failure_notes(row)
+        rows.append(
+            {
+                "mechanism": row.label,
+                "mode": str(extra_of(row.runs[0], "mode") or "train"),
+                "length": f"{row.runs[0]['length'] or 0:,}",
+                "batch_size": str(row.runs[0]["batch_size"] or ""),
+                "step_ms": number(row.mean("step_ms")),
+                "tokens_per_s": si(row.mean("tokens_per_s")),
+                "peak_mem_mib": number(row.mean("peak_mem_mib")),
+                "params": si(row.mean("num_params"), " "),
+                "status": row.state,
+                "note": "; ".join(failures + unusual_steps(group, row)),
+            }
+        )
+    columns = [c for c in MEASURED if c.key != "note" or any(row["note"] for row in rows)]
+    title = grouping.measure_title(group, "Time and memory of a step")
+    data = [_data(group, row, None) for row in group.rows]
+    return Table(title, columns, rows, memory_footnotes(group.rows), data)
+
+
+# Plain numbers.
+
+MEANS = ("num_params", "step_ms", "examples_per_s", "tokens_per_s", "padded_tokens_per_s", "peak_mem_mib")
+MEANS += ("reserved_mib", "flops_per_step", "wall_s", "train_s", "eval_s", "data_s", "compile_s")
+
+
+def _section_data(group: Group) -> list[dict]:
+    return [_data(group, row, _published(group, row)) for row in group.rows]
+
+
+def _data(group: Group, row: Row, cell: published.Cell | None) -> dict:
+    """One line of the CSV: every number plain, accuracies in percent as in the other formats."""
+    summary = row.summary
+    measured = row.runs[0]["kind"] == "measure"
+
+    def percent(value: float | None) -> float | None:
+        return None if value is None else 100 * value
+
+    facts = {
+        key: group.facts.get(key, row.only(key)) for key in dict.fromkeys((*grouping.TRAIN_KEY, "step_mode"))
+    }
+    return {
+        "kind": row.runs[0]["kind"],
+        **facts,
+        "mode": str(extra_of(row.runs[0], "mode") or "train") if measured else None,
+        "batch_size": row.only("batch_size"),
+        "mechanism": row.mechanism,
+        "label": row.label,
+        "config_hash": row.runs[0]["config_hash"],
+        "status": row.state,
+        "num_seeds": len(row.ok) if measured else summary.num_seeds,
+        "num_failed": sum(row.failures.values()),
+        "accuracy_percent": percent(summary.mean),
+        "std_percent": percent(summary.std),
+        "ci95_low_percent": percent(summary.low),
+        "ci95_high_percent": percent(summary.high),
+        "ci95_basis": summary.basis,
+        "letters": row.letters or None,
+        "num_test": row.only("num_test"),
+        "majority_percent": percent(group.majority),
+        "published_percent": cell.value if cell else None,
+        "published_flag": None
+        if cell is None
+        else ", ".join(f for f in ("failed", "recalled", "copied") if getattr(cell, f)) or None,
+        **{key: row.mean(key) for key in MEANS},
+        "peak_mem_method": ", ".join(distinct(extra_of(run, "peak_mem_method") for run in row.ok)) or None,
+        "note": "; ".join(failure_notes(row) if measured else notes(group, row)) or None,
+    }

@@ -1,0 +1,92 @@
+"""Linformer: attention to a fixed number of learned mixtures of the keys and values.
+
+Paper    Wang et al. 2020, arXiv 2006.04768, eq. 7; sharing: section 4 (additional efficiency techniques)
+Computes out_i = softmax(q_i (E K)^T / sqrt(d)) F V   with E, F learned, [proj_len max_len] per head
+Cost     time and memory O(L P) per head; P max_len parameters per projection
+Exact    yes when proj_len = length and E = F = identity
+Padding  padded rows of K and V are zeroed before E and F, which are sliced to the length: they add nothing
+Differs  masks padding (paper: does not); E and F start as N(0, 1 / proj_len), as the proofs in the paper do
+"""
+# b batch, h heads (1 if heads share), l length, n longest length, p slots, d head dim
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.common import Mixer, Place, Traits, masked_softmax, register
+
+SHARE = ("none", "heads", "kv", "layers")
+
+
+def linformer_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    proj_k: Tensor,
+    proj_v: Tensor,
+    dropout: float = 0.0,
+) -> Tensor:
+    """q, k, v: [b h l d], mask: [b l] bool, True = real, proj_k, proj_v: [h p n] or [1 p n] -> [b h l d].
+
+    ValueError if l > n: a position past the longest length has no column.
+    """
+    length = k.shape[-2]
+    if length > proj_k.shape[-1]:
+        raise ValueError(
+            f"linformer was built for at most {proj_k.shape[-1]} positions and got {length}; "
+            "raise max_len or shorten the input"
+        )
+    if mask is not None:
+        k, v = (x * mask[:, None, :, None] for x in (k, v))
+    k = torch.einsum("hpl,bhld->bhpd", proj_k[..., :length].to(k.dtype), k)
+    v = torch.einsum("hpl,bhld->bhpd", proj_v[..., :length].to(v.dtype), v)
+    scores = torch.einsum("bhld,bhpd->bhlp", q * q.shape[-1] ** -0.5, k)
+    weights = masked_softmax(scores, None).to(v.dtype)
+    return torch.einsum("bhlp,bhpd->bhld", F.dropout(weights, dropout), v)
+
+
+@register("linformer")
+class Linformer(Mixer):
+    """Projections and dropout around `linformer_attention`.
+
+    `share` says what one matrix serves: "none" one head's keys or values; "heads" the keys or the values of a
+    layer; "kv" the keys and values of a layer; "layers" the whole model.
+    """
+
+    traits = Traits(
+        fixed_length=True,
+        uses_order=True,
+        because={"fixed_length": "E and F have one column for each position up to max_len"},
+    )
+
+    def __init__(
+        self, place: Place, *, proj_len: int = 256, share: str = "none", attn_dropout: float = 0.0
+    ) -> None:
+        super().__init__(place)
+        if share not in SHARE:
+            raise ValueError(f"unknown share '{share}' for linformer; choose from: {', '.join(SHARE)}")
+        if proj_len < 1:
+            raise ValueError(f"linformer needs proj_len >= 1, got {proj_len}")
+        self.proj_len = proj_len
+        self.attn_dropout = nn.Dropout(attn_dropout)
+
+        def draw() -> nn.Parameter:
+            num_matrices = place.num_heads if share == "none" else 1
+            return nn.Parameter(torch.randn(num_matrices, proj_len, place.max_len) * proj_len**-0.5)
+
+        if share == "layers":
+            if "linformer" not in place.shared:
+                place.shared["linformer"] = draw()
+            self.proj_k = place.shared["linformer"]
+        else:
+            self.proj_k = draw()
+        self.proj_v = self.proj_k if share in ("kv", "layers") else draw()
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        dropout = self.attn_dropout.p if self.training else 0.0
+        return linformer_attention(q, k, v, mask, proj_k=self.proj_k, proj_v=self.proj_v, dropout=dropout)
+
+    def state_size(self, length: int) -> int:
+        return 2 * self.proj_len * self.place.num_heads * self.place.head_dim

@@ -1,0 +1,155 @@
+"""Nystromformer: softmax attention through landmarks and an iterated pseudo-inverse.
+
+Paper    Xiong et al. 2021, arXiv 2102.03902, eq. 15; the iteration for ^+ is that of Razavi et al. 2014
+Computes out = softmax(s Q K~^T) softmax(s Q~ K~^T)^+ softmax(s Q~ K^T) V + conv(V)   with s = 1 / sqrt(d);
+         Q~, K~ are means over num_landmarks segments of the sequence, conv is depthwise along the length
+Cost     time O(L M D + M^3), memory O(L M) per head
+Exact    if num_landmarks >= length: then it is dense softmax attention (+ conv), as in the released code
+Padding  segments are means over real tokens; segments without one are dropped from both small softmaxes,
+         padded keys from the third; V is zeroed before the convolution
+Differs  masks as above (released code: zeroed padding counts in the means and stays as landmarks); a length
+         that is no multiple of num_landmarks is padded at its end, so the last segments may be empty;
+         the start of the inverse is scaled per matrix (released code: per batch, here `coupled_start`)
+"""
+# b batch, h heads, l length, m landmarks, d head dim
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.common import (
+    Mixer,
+    Place,
+    Traits,
+    at_least_fp32,
+    dense_attention,
+    full_precision,
+    masked_softmax,
+    register,
+)
+
+
+def segment_means(x: Tensor, real: Tensor, num_segments: int) -> tuple[Tensor, Tensor]:
+    """Means over the real tokens of equal segments, the last ones cut short.
+
+    x: [b h l d], real: [b l] or [1 l] bool -> ([b h m d], [b m] or [1 m] bool: whether a segment has any).
+    """
+    length = x.shape[-2]
+    missing = -length % num_segments  # fewer than one per segment
+    real = F.pad(real, (0, missing)).unflatten(-1, (num_segments, -1))  # [b m l/m]
+    x = F.pad(x, (0, 0, 0, missing)).unflatten(-2, (num_segments, -1))  # [b h m l/m d]
+    count = real.sum(dim=-1)
+    total = (x * real[:, None, :, :, None]).sum(dim=-2)
+    return total / count.clamp_min(1)[:, None, :, None], count > 0
+
+
+def iterated_inverse(a: Tensor, num_iterations: int, *, coupled_start: bool = False) -> Tensor:
+    """The Moore-Penrose inverse of a [... m m], a >= 0, approximately; rows and columns of zeros stay zero.
+
+    The start A^T / (|A|_1 |A|_inf) takes the norms of each matrix; if `coupled_start`, the largest of all.
+    """
+    norm_1, norm_inf = a.sum(dim=-2).amax(dim=-1), a.sum(dim=-1).amax(dim=-1)
+    if coupled_start:
+        norm_1, norm_inf = norm_1.amax(), norm_inf.amax()
+    norm = (norm_1 * norm_inf).clamp_min(0.5)  # below 1 only where a is all zero
+    inverse = a.mT / norm[..., None, None]
+    eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    for _ in range(num_iterations):
+        product = a @ inverse
+        inverse = inverse @ (13 * eye - product @ (15 * eye - product @ (7 * eye - product))) / 4
+    return inverse
+
+
+def nystrom_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    num_landmarks: int,
+    num_iterations: int = 6,
+    conv_weight: Tensor | None = None,
+    coupled_start: bool = False,
+) -> Tensor:
+    """q, k, v: [b h l d], mask: [b l] bool, True = real token, conv_weight: [h 1 kernel 1] -> [b h l d]."""
+    dtype = v.dtype
+    q, k, v = at_least_fp32(q, k, v)
+    with full_precision(v):
+        if q.shape[-2] <= num_landmarks:
+            mixed = dense_attention(q, k, v, mask)
+        else:
+            mixed = _through_landmarks(q, k, v, mask, num_landmarks, num_iterations, coupled_start)
+        if conv_weight is not None:
+            v = v if mask is None else v * mask[:, None, :, None]
+            padding = (conv_weight.shape[-2] // 2, 0)
+            mixed = mixed + F.conv2d(v, conv_weight.to(v.dtype), padding=padding, groups=conv_weight.shape[0])
+    return mixed.to(dtype)
+
+
+def _through_landmarks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    num_landmarks: int,
+    num_iterations: int,
+    coupled_start: bool,
+) -> Tensor:
+    real = q.new_ones(1, q.shape[-2], dtype=torch.bool) if mask is None else mask
+    q = q * q.shape[-1] ** -0.5
+    q_landmark, used = segment_means(q, real, num_landmarks)  # [b h m d], [b m]
+    k_landmark, _ = segment_means(k, real, num_landmarks)
+    from_queries = masked_softmax(q @ k_landmark.mT, used[:, None, None, :])  # [b h l m]
+    between = masked_softmax(q_landmark @ k_landmark.mT, used[:, None, None, :]) * used[:, None, :, None]
+    to_keys = masked_softmax(q_landmark @ k.mT, real[:, None, None, :])  # [b h m l]
+    inverse = iterated_inverse(between, num_iterations, coupled_start=coupled_start)
+    return from_queries @ (inverse @ (to_keys @ v))
+
+
+@register("nystrom")
+class Nystrom(Mixer):
+    """Projections around `nystrom_attention`; `conv_kernel` 0 leaves the convolution out."""
+
+    traits = Traits(
+        length_invariant=False,
+        uses_order=True,
+        because={"length_invariant": "the segments divide the padded length, not the real one"},
+    )
+
+    def __init__(
+        self,
+        place: Place,
+        *,
+        num_landmarks: int = 64,
+        num_iterations: int = 6,
+        conv_kernel: int = 35,
+        coupled_start: bool = False,
+    ) -> None:
+        super().__init__(place)
+        odd_or_none = conv_kernel == 0 or (conv_kernel > 0 and conv_kernel % 2 == 1)
+        if num_landmarks < 1 or num_iterations < 1 or not odd_or_none:
+            raise ValueError(
+                "nystrom needs num_landmarks >= 1, num_iterations >= 1 and conv_kernel odd or 0 (none); got "
+                f"num_landmarks={num_landmarks}, num_iterations={num_iterations}, conv_kernel={conv_kernel}"
+            )
+        self.num_landmarks, self.num_iterations = num_landmarks, num_iterations
+        self.coupled_start = coupled_start
+        self.conv_weight = None
+        if conv_kernel:
+            self.conv_weight = nn.Parameter(torch.empty(place.num_heads, 1, conv_kernel, 1))
+            bound = conv_kernel**-0.5  # the start that torch gives a Conv2d of this shape
+            nn.init.uniform_(self.conv_weight, -bound, bound)
+        if coupled_start:
+            reason = "the start of the inverse takes the largest norm in the batch, as the released code does"
+            because = {**self.traits.because, "batch_invariant": reason}
+            self.traits = replace(self.traits, batch_invariant=False, because=because)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        options = {"num_landmarks": self.num_landmarks, "num_iterations": self.num_iterations}
+        options |= {"conv_weight": self.conv_weight, "coupled_start": self.coupled_start}
+        return nystrom_attention(q, k, v, mask, **options)
+
+    def state_size(self, length: int) -> int:
+        return 2 * min(self.num_landmarks, length) * self.place.num_heads * self.place.head_dim

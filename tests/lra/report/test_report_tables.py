@@ -1,0 +1,272 @@
+"""Tables: golden files for each rendering, and the rules that keep numbers from being misread."""
+
+import csv
+import io
+import os
+from pathlib import Path
+
+import pytest
+from report_samples import write_failure, write_run
+
+from lra import records
+from lra.errors import UserError
+from lra.report import render, tables
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="module")
+def frame(runs):
+    return records.load(runs)
+
+
+@pytest.mark.parametrize(
+    ("name", "by", "form", "width"),
+    [
+        ("wide.txt", None, "text", None),
+        ("terminal_100.txt", None, "text", 100),
+        ("terminal_80.txt", None, "text", 80),
+        ("by_task.txt", "task", "text", 80),
+        ("table.md", None, "md", None),
+        ("table.csv", None, "csv", None),
+    ],
+)
+def test_rendering_equals_golden_file(frame, name, by, form, width):
+    got = render.render(tables.build(frame, by), form, width=width)
+    path = GOLDEN / name
+    if os.environ.get("LRA_UPDATE_GOLDEN"):
+        path.write_text(got, encoding="utf-8")
+    assert got == path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("width", [78, 80, 100, 120, 200])
+@pytest.mark.parametrize("by", ["length", "task"])
+def test_no_line_is_wider_than_the_terminal(frame, width, by):
+    lines = render.render(tables.build(frame, by), "text", width=width).splitlines()
+    assert max(len(line) for line in lines) <= width
+
+
+def test_columns_that_do_not_fit_are_named(frame):
+    text = render.render(tables.build(frame)[1:2], "text", width=80)
+    assert "not shown at this width: params, tokens/s" in text
+    assert "not shown" not in render.render(tables.build(frame), "text", width=None)
+
+
+def by_title(found, start):
+    return next(table for table in found if " ".join(table.title).startswith(start))
+
+
+def row_of(table, mechanism):
+    return next(row for row in table.rows if row["mechanism"] == mechanism)
+
+
+def test_floors_stand_at_the_bottom_and_the_rest_is_sorted(frame):
+    names = [row["mechanism"] for row in by_title(tables.build(frame), "ListOps (2,000").rows]
+    assert names[:2] == ["nystrom", "softmax"]
+    assert names[-3:] == ["reformer", "global_mean", "identity"]
+
+
+@pytest.mark.parametrize(
+    ("key", "other"),
+    [
+        ("paper", "skyformer2021"),
+        ("recipe_version", 2),
+        ("precision", "fp32"),
+        ("selection", "test"),
+        ("layout", "padded"),
+        ("device", "NVIDIA A100"),
+        ("num_devices", 2),
+        ("data_hash", "another"),
+        ("data_variant", "another"),
+        ("data_origin", "stand_in"),
+        ("task", "text"),
+        ("length", 1000),
+    ],
+)
+def test_rows_under_different_conditions_are_never_ranked_together(tmp_path, key, other):
+    write_run(tmp_path, "linear", 0, 0.3)
+    write_run(tmp_path, "softmax", 0, 0.4, **{key: other})
+    found = [table for table in tables.build(records.load(tmp_path)) if not table.matrix]
+    assert [len(table.rows) for table in found] == [1, 1]
+    assert found[0].title != found[1].title
+
+
+def test_configurations_of_one_mechanism_are_labelled_by_what_differs(tmp_path):
+    write_run(tmp_path, "nystrom", 0, 0.30)
+    write_run(tmp_path, "nystrom", 0, 0.31, config_hash="b", extra={"own": {"num_landmarks": 32}})
+    write_run(tmp_path, "linear", 0, 0.32)
+    write_run(tmp_path, "linear", 0, 0.33, config_hash="c", batch_size=64)
+    write_run(tmp_path, "luna", 0, 0.34)
+    write_run(tmp_path, "luna", 0, 0.35, config_hash="dddddddddd")
+    (table,) = tables.build(records.load(tmp_path))
+    assert {row["mechanism"] for row in table.rows} == {
+        "nystrom",
+        "nystrom (num_landmarks=32)",
+        "linear (batch_size=32)",
+        "linear (batch_size=64)",
+        "luna [luna-2]",
+        "luna [dddddd]",
+    }
+
+
+def test_own_parameters_and_deviations_of_a_single_configuration_are_noted(tmp_path):
+    write_run(tmp_path, "nystrom", 0, 0.3, extra={"own": {"num_landmarks": 32}}, deviations=["train.lr=0.1"])
+    (table,) = tables.build(records.load(tmp_path))
+    assert table.rows[0]["note"] == "1 seed: no verdict; num_landmarks=32; deviates: train.lr=0.1"
+
+
+def test_failed_cells_keep_their_row_with_counts_and_reasons(frame):
+    row = row_of(by_title(tables.build(frame), "ListOps (2,000"), "reformer")
+    assert row["n"] == "0" and row["accuracy"] == "-"
+    assert "2 runs: diverged at step 812" in row["note"]
+    assert "1 run: oom (needs 92.1 GiB" in row["note"]
+
+
+def test_failure_that_fits_several_groups_keeps_its_own(tmp_path):
+    write_run(tmp_path, "linear", 0, 0.3)
+    write_run(tmp_path, "linear", 0, 0.3, device="cpu", config_hash="cpu")
+    write_failure(tmp_path, "reformer", 0, "failed", "boom")
+    found = tables.build(records.load(tmp_path))
+    assert sorted(len(table.rows) for table in found) == [1, 1, 1]
+
+
+def test_partly_failed_row_counts_only_what_ended_well(tmp_path):
+    write_run(tmp_path, "linear", 0, 0.30, peak_mem_mib=100.0)
+    write_run(tmp_path, "linear", 1, 0.32, peak_mem_mib=300.0)
+    write_failure(
+        tmp_path, "linear", 2, "failed", "CUDA error", config_hash="linear-2000", peak_mem_mib=9000.0
+    )
+    (table,) = tables.build(records.load(tmp_path))
+    row = table.rows[0]
+    assert (row["n"], row["accuracy"], row["peak_mem_mib"]) == ("2", "31.0 ± 1.4", "200")
+    assert row["note"] == "1 run: failed (CUDA error)"
+    assert table.data[0]["num_failed"] == 1
+
+
+def test_a_seed_run_twice_counts_once(tmp_path):
+    write_run(tmp_path / "a", "linear", 0, 0.30)
+    write_run(tmp_path / "b", "linear", 0, 0.32)
+    (table,) = tables.build(records.load(tmp_path))
+    assert table.rows[0]["n"] == "1" and table.rows[0]["accuracy"] == "30.0"
+    assert "1 run of a seed already counted" in table.rows[0]["note"]
+
+
+@pytest.mark.parametrize(("accuracy", "noted"), [(0.17, True), (0.1, True), (0.25, False)])
+def test_at_majority_is_noted_if_the_interval_reaches_it(tmp_path, accuracy, noted):
+    for seed in range(3):
+        write_run(tmp_path, "linear", seed, accuracy)
+    (table,) = tables.build(records.load(tmp_path))
+    assert ("at majority" in table.rows[0]["note"]) == noted
+
+
+def test_one_seed_is_marked_and_gets_no_letter(frame):
+    table = by_title(tables.build(frame), "ListOps (2,000")
+    row = row_of(table, "performer")
+    assert row["ci95"].endswith("†") and row["accuracy"] == "31.8"
+    assert "1 seed: no verdict" in row["note"]
+    assert "no letter for want of a second seed: performer" in table.footnotes
+
+
+def test_letters_mark_ties(frame):
+    data = {row["label"]: row["letters"] for row in by_title(tables.build(frame), "ListOps (2,000").data}
+    assert set(data["softmax"]) & set(data["luna"])
+    assert set(data["linear"]) & set(data["identity"])
+    assert not set(data["softmax"]) & set(data["linear"])
+
+
+def test_missing_predictions_give_no_letters_and_say_so(tmp_path):
+    for seed in range(2):
+        write_run(tmp_path, "linear", seed, 0.3, kept=False)
+        write_run(tmp_path, "softmax", seed, 0.4, kept=False)
+    (table,) = tables.build(records.load(tmp_path))
+    assert table.footnotes == ["no letters for want of test predictions with labels: softmax, linear"]
+
+
+def test_predictions_that_contradict_the_record_are_not_paired(tmp_path):
+    for seed in range(2):
+        write_run(tmp_path, "linear", seed, 0.3)
+        write_run(tmp_path, "softmax", seed, 0.4, test_accuracy=0.5)
+    (table,) = tables.build(records.load(tmp_path))
+    assert any("agree with the recorded accuracy: softmax" in note for note in table.footnotes)
+
+
+def test_published_numbers_stand_only_beside_the_papers_own_length(frame):
+    found = tables.build(frame)
+    assert row_of(by_title(found, "ListOps (2,000"), "softmax")["published"] == "37.10"
+    assert "published" not in [column.key for column in by_title(found, "ListOps (1,000").columns]
+
+
+def test_published_numbers_from_memory_are_flagged(frame):
+    table = by_title(tables.build(frame), "Text (4,096")
+    assert row_of(table, "luna")["published"] == "~65.78"
+    assert any(note.startswith("~:") for note in table.footnotes)
+
+
+def test_method_of_peak_memory_is_a_footnote(frame):
+    assert "peak MiB: highest resident set size" in by_title(tables.build(frame), "Text (512").footnotes
+
+
+def test_matrices_by_length_show_every_length(frame):
+    table = by_title(tables.build(frame), "Accuracy (%) by length: ListOps")
+    assert [column.title for column in table.columns] == ["mechanism", "1,000", "2,000"]
+    assert row_of(table, "reformer") == {"mechanism": "reformer", "0": "", "1": "diverged"}
+
+
+def test_one_seed_is_marked_in_matrices(frame):
+    for by in ("length", "task"):
+        table = by_title(tables.build(frame, by), "Accuracy (%) by")
+        assert "31.8†" in row_of(table, "performer").values()
+        assert "†: one seed" in table.footnotes
+
+
+def test_average_over_tasks_is_only_for_complete_rows(tmp_path):
+    for task, length, accuracy in (("listops", 2000, 0.3), ("text", 4096, 0.6)):
+        write_run(tmp_path, "linear", 0, accuracy, task=task, length=length)
+    write_run(tmp_path, "luna", 0, 0.4)
+    (table,) = tables.build(records.load(tmp_path), "task")
+    assert row_of(table, "linear")["average"] == "45.0"
+    assert row_of(table, "luna")["average"] == ""
+    assert any("Path-X left out" in note for note in table.footnotes)
+
+
+def test_average_over_tasks_is_absent_if_a_task_stands_twice(frame):
+    for table in tables.build(frame, "task"):
+        keys = [column.key for column in table.columns]
+        assert "average" not in keys
+
+
+def test_measurements_show_oom_with_its_reason(frame):
+    table = by_title(tables.build(frame), "Time and memory")
+    row = next(r for r in table.rows if r["length"] == "16,384" and "math" in r["mechanism"])
+    assert (row["status"], row["note"], row["step_ms"]) == ("oom", "out of memory at 139 GiB", "-")
+    matrix = by_title(tables.build(frame), "Step time (ms) by length, train")
+    assert row_of(matrix, "softmax (kernel=math)")["2"] == "oom"
+
+
+def test_csv_has_plain_numbers_and_every_row_once(frame):
+    rows = list(csv.DictReader(io.StringIO(render.render(tables.build(frame), "csv"))))
+    sections = [table for table in tables.build(frame) if not table.matrix]
+    assert len(rows) == sum(len(table.rows) for table in sections)
+    softmax = next(
+        r for r in rows if r["label"] == "softmax" and r["length"] == "2000" and r["kind"] == "train"
+    )
+    assert softmax["published_percent"] == "37.1" and softmax["accuracy_percent"] == "34.4"
+    assert float(softmax["ci95_low_percent"]) < 34.4 < float(softmax["ci95_high_percent"])
+
+
+def test_csv_by_task_has_the_same_rows(frame):
+    by_task = render.render(tables.build(frame, "task"), "csv").splitlines()
+    assert sorted(by_task) == sorted(render.render(tables.build(frame), "csv").splitlines())
+
+
+def test_markdown_cells_cannot_break_the_table(tmp_path):
+    write_failure(tmp_path, "reformer", 0, "failed", "a | b ~ c *d* <e>\nnext line")
+    text = render.render(tables.build(records.load(tmp_path)), "md")
+    assert r"a \| b \~ c \*d\* \<e> next line" in text
+
+
+def test_unknown_format_and_arrangement_name_the_choices(frame):
+    with pytest.raises(UserError, match="unknown table format 'latex'.*csv, md, text"):
+        render.render(tables.build(frame), "latex")
+    with pytest.raises(UserError, match="did you mean 'task'.*length, task"):
+        tables.build(frame, "tasks")

@@ -1,0 +1,117 @@
+"""Sweeps: what runs, what is skipped, and that one bad run does not stop the others."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from lra import records
+from lra.errors import UserError
+from lra.launch import local, sweep
+from lra.launch.local import Job, run_all
+
+
+def test_a_sweep_runs_every_combination_in_one_process_and_skips_what_is_done(tiny, capsys):
+    overrides = tiny("model=identity,linear", "seed=0,1")
+    first = sweep.train(overrides, multirun=True)
+    assert [(r.model, r.seed, r.status) for r in first] == [
+        (model, seed, "ok") for model in ("identity", "linear") for seed in (0, 1)
+    ]
+    assert len({r.sweep for r in first}) == 1
+    again = sweep.train(overrides, multirun=True)
+    assert [r.run_id for r in again] == [r.run_id for r in first]
+    assert "4 of 4 runs are done already" in capsys.readouterr().err
+
+
+def test_a_typing_error_in_one_run_stops_a_sweep_before_it_starts(tiny):
+    with pytest.raises(UserError, match="did you mean 'linear'"):
+        sweep.train(tiny("model=softmax,linaer"), multirun=True)
+    assert not records.runs_root().exists()
+
+
+def test_asking_twice_for_one_run_is_refused(tiny):
+    with pytest.raises(UserError, match="asks twice"):
+        sweep.train(tiny("seed=0,0"), multirun=True)
+
+
+FAULTS = """
+import os, signal
+from models import Mixer
+class Killed(Mixer):
+    def forward(self, x, mask=None):
+        os.kill(os.getpid(), signal.SIGKILL)
+class Raises(Mixer):
+    def forward(self, x, mask=None):
+        raise RuntimeError("a fault in the mechanism")
+"""
+
+
+def test_a_run_whose_process_dies_or_raises_is_recorded_and_the_rest_goes_on(tiny, tmp_path, monkeypatch):
+    (tmp_path / "faults.py").write_text(FAULTS)
+    monkeypatch.chdir(tmp_path)
+    jobs = [
+        Job("killed", tuple(tiny("model=custom", "model.target=faults:Killed"))),
+        Job("raises", tuple(tiny("model=custom", "model.target=faults:Raises"))),
+        Job("fine", tuple(tiny("model=identity"))),
+    ]
+    events = []
+    found = run_all(jobs, on_event=events.append)
+    assert [record.status for record in found] == ["failed", "failed", "ok"]
+    assert "signal 9" in found[0].reason and "a fault in the mechanism" in found[1].reason
+    assert [event["kind"] for event in events if event["kind"] != "progress"] == ["start", "end"] * 3
+    for record in found:
+        assert records.read(records.runs_root() / record.run_id) == record
+
+
+def test_every_visible_gpu_gets_a_worker(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    assert local.visible_gpus() == ["2", "5"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert local.visible_gpus() == []
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_sweep_with_its_status_and_leaves_checkpoints(tiny, number, status):
+    long = tiny("model=identity", "seed=0,1", "train.num_steps=1000000", "train.eval_every=500000")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lra", "train", "-m", *long], env=os.environ, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not list(records.runs_root().glob("*/metrics.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == status, err
+    assert "Traceback" not in err
+    folder = next(records.runs_root().glob("*/metrics.jsonl")).parent
+    assert (folder / "checkpoint" / "last.pt").is_file() and records.run_state(folder) == "interrupted"
+
+
+def test_two_processes_cannot_work_in_one_run(tiny, tmp_path):
+    from lra import run
+    from lra.config import compose
+
+    config = compose(tiny())
+    from lra.data.prepare import prepare
+
+    folder = run.folder_of(config, prepare(config.task, config.length))
+    folder.mkdir(parents=True)
+    held = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            f"import time;from lra import records\nwith records.lock({str(folder)!r}):\n"
+            " print('held', flush=True); time.sleep(60)",
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert held.stdout.readline().strip() == "held"
+        with pytest.raises(UserError, match=str(held.pid)):
+            run.execute(config)
+    finally:
+        held.kill()
+        held.wait()

@@ -1,0 +1,271 @@
+"""Text from every form of source, its held-out split, and the messages for missing or faulty sources."""
+
+import csv
+import tarfile
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from lra.data.prepare import prepare
+from lra.data.store import store_path
+from lra.errors import UserError
+from lra.tasks import text as module
+from lra.tasks.text import Text
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path, monkeypatch):
+    monkeypatch.setenv("LRA_DATA", str(tmp_path / "data"))
+    return tmp_path / "data"
+
+
+def reviews(part, count=40):
+    """Sorted by label, as IMDb is: (text, label), with bytes above 127, quotes, commas and line breaks."""
+    rows = [
+        (f'{part} {i}: {"great" if i % 2 else "dull"}, "naïve"<br />\n film — {"x" * i}', i % 2)
+        for i in range(count)
+    ]
+    return sorted(rows, key=lambda row: row[1])
+
+
+SPLITS = {part: reviews(part) for part in ("train", "test")}
+
+
+def write_parquet(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.table(
+        {"text": [text for text, _ in rows], "label": [label for _, label in rows], "id": range(len(rows))}
+    )
+    parquet.write_table(table, path)
+
+
+def as_parquet(folder, splits=SPLITS):
+    for part, rows in splits.items():
+        write_parquet(folder / f"imdb_{part}.parquet", rows)
+    write_parquet(folder / "other_train.parquet", [("not a review", 0)])
+    return folder
+
+
+def as_csv(folder, splits=SPLITS):
+    folder.mkdir(parents=True)
+    for part, rows in splits.items():
+        with open(folder / f"{part}.csv", "w", newline="", encoding="utf-8") as lines:
+            writer = csv.writer(lines)
+            writer.writerow(["text", "label"])
+            writer.writerows((text, ("neg", "pos")[label]) for text, label in rows)
+    return folder
+
+
+def as_one_csv(folder, splits=SPLITS):
+    folder.mkdir(parents=True)
+    with open(folder / "all.csv", "w", newline="", encoding="utf-8") as lines:
+        writer = csv.writer(lines)
+        writer.writerow(["split", "label", "text"])
+        for part, rows in splits.items():
+            writer.writerows((part, label, text) for text, label in rows)
+    return folder / "all.csv"
+
+
+def as_folder(folder, splits=SPLITS):
+    for part, rows in splits.items():
+        for label in ("neg", "pos"):
+            (folder / "aclImdb" / part / label).mkdir(parents=True)
+        for index, (text, label) in enumerate(rows):
+            (folder / "aclImdb" / part / ("neg", "pos")[label] / f"{index}_7.txt").write_bytes(text.encode())
+        (folder / "aclImdb" / part / "urls_pos.txt").write_text("not a review")
+    return folder
+
+
+def as_archive(folder, splits=SPLITS):
+    as_folder(folder / "unpacked", splits)
+    with tarfile.open(folder / "aclImdb_v1.tar.gz", "w:gz") as archive:
+        archive.add(folder / "unpacked" / "aclImdb", "aclImdb")
+    return folder / "aclImdb_v1.tar.gz"
+
+
+def as_hub_layout(folder, splits=SPLITS):
+    for part, rows in splits.items():
+        write_parquet(folder / "plain_text" / f"{part}-00000-of-00001.parquet", rows)
+    return folder
+
+
+FORMS = (as_parquet, as_csv, as_one_csv, as_folder, as_archive, as_hub_layout)
+
+
+def stored(store, name):
+    split = store.split(name)
+    return [((split.row(i)[0] - 1).tobytes().decode(), int(split.labels[i])) for i in range(len(split))]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_source_gives_the_same_bytes(form, tmp_path):
+    reference = prepare(Text(source=str(as_parquet(tmp_path / "reference"))), 4000)
+    store = prepare(Text(source=str(form(tmp_path / "source"))), 4000, force=True)
+    assert store.data_hash == reference.data_hash
+    assert stored(store, "test") == SPLITS["test"]
+    assert sorted(stored(store, "train") + stored(store, "val")) == sorted(SPLITS["train"])
+
+
+def test_an_id_is_the_byte_plus_one_and_documents_are_stored_whole(tmp_path):
+    store = prepare(Text(source=str(as_parquet(tmp_path / "s"))), 16)
+    assert store.vocab_size == len(store.vocab) == 257 and store.split("test").tokens.dtype == np.uint8
+    text, label = SPLITS["test"][5]
+    assert store.split("test").row(5)[0].tolist() == [byte + 1 for byte in text.encode()]
+    assert store.split("test").labels[5] == label
+    assert store.split("test").lengths.max() > 16
+    assert Text().decode(store.split("test").row(5)[0], store.vocab) == text
+
+
+def test_a_tenth_of_each_label_is_held_out_and_the_rest_keeps_its_order(tmp_path):
+    store = prepare(Text(source=str(as_parquet(tmp_path / "s"))), 4000)
+    assert store.manifest["splits"]["val"]["label_counts"] == [2, 2]
+    held_out = stored(store, "val")
+    assert stored(store, "train") == [row for row in SPLITS["train"] if row not in held_out]
+
+
+def test_the_held_out_reviews_depend_on_the_seed_and_not_on_the_order_of_the_source(tmp_path):
+    shuffled = {part: rows[::-1] for part, rows in SPLITS.items()}
+    a = prepare(Text(source=str(as_parquet(tmp_path / "a"))), 4000)
+    held_out = sorted(stored(a, "val"))
+    b = prepare(Text(source=str(as_parquet(tmp_path / "b", shuffled))), 4000, force=True)
+    assert sorted(stored(b, "val")) == held_out
+    c = prepare(Text(source=str(as_parquet(tmp_path / "a")), data_seed=1), 4000)
+    assert sorted(stored(c, "val")) != held_out and c.path != a.path
+
+
+def test_equal_reviews_stay_on_one_side_of_the_held_out_split(tmp_path):
+    splits = {"train": sorted(reviews("train", 200) * 2, key=lambda row: row[1]), "test": reviews("test")}
+    store = prepare(Text(source=str(as_parquet(tmp_path / "s", splits))), 4000)
+    assert store.manifest["duplicates"]["between"]["train val"] == 0
+    assert store.manifest["duplicates"]["within"]["val"] == 20
+
+
+def test_reviews_in_train_and_test_are_counted(tmp_path):
+    splits = {"train": SPLITS["train"], "test": SPLITS["test"] + SPLITS["train"][:3]}
+    store = prepare(Text(source=str(as_parquet(tmp_path / "s", splits)), val="test"), 4000)
+    assert store.manifest["duplicates"]["between"] == {"train val": 3, "train test": 3, "val test": 43}
+
+
+def test_validation_on_the_test_split_is_another_variant_and_says_so(tmp_path):
+    source = str(as_parquet(tmp_path / "s"))
+    held_out, peers = prepare(Text(source=source), 4000), prepare(Text(source=source, val="test"), 4000)
+    assert stored(peers, "val") == stored(peers, "test") == SPLITS["test"]
+    assert stored(peers, "train") == SPLITS["train"]
+    assert peers.path != held_out.path and peers.data_hash != held_out.data_hash
+    assert "validation is the test split" in peers.data_variant
+
+
+def test_all_lengths_share_one_folder():
+    assert store_path(Text(), 1000) == store_path(Text(), 4096)
+
+
+def test_only_the_texts_of_imdb_count_as_original(tmp_path, monkeypatch):
+    source = str(as_parquet(tmp_path / "s"))
+    assert prepare(Text(source=source), 4000).data_origin == "stand_in"
+    monkeypatch.setattr(module, "ROWS", 40)
+    assert prepare(Text(source=source), 4000, force=True).data_origin == "lossy_copy"
+    seen = {}
+    fingerprint = module.fingerprint
+    monkeypatch.setattr(module, "fingerprint", lambda marks: seen.setdefault(len(seen), fingerprint(marks)))
+    prepare(Text(source=source), 4000, force=True)
+    monkeypatch.setattr(module, "fingerprint", fingerprint)
+    monkeypatch.setattr(module, "FINGERPRINTS", {"train": seen[0], "test": seen[1]})
+    backwards = {part: rows[::-1] for part, rows in SPLITS.items()}
+    source = str(as_parquet(tmp_path / "t", backwards))
+    assert prepare(Text(source=source), 4000, force=True).data_origin == "original"
+
+
+def test_without_a_source_the_data_root_is_looked_at_first(root):
+    as_csv(root / "sources" / "imdb")
+    store = prepare(Text(), 4000)
+    assert store.manifest["source"] == str((root / "sources" / "imdb").resolve())
+    assert stored(store, "test") == SPLITS["test"]
+
+
+def test_a_hub_id_is_loaded_by_the_datasets_library(monkeypatch):
+    asked = []
+
+    def load_dataset(name, streaming):
+        asked.append((name, streaming))
+        return {
+            part: [{"text": text, "label": label} for text, label in rows] for part, rows in SPLITS.items()
+        }
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    store = prepare(Text(), 4000)
+    assert asked == [("stanfordnlp/imdb", False)] and store.manifest["source"] == "stanfordnlp/imdb"
+    assert stored(store, "test") == SPLITS["test"]
+
+
+@pytest.mark.parametrize("source", [None, "someone/reviews"])
+def test_without_a_network_the_message_names_the_files_and_their_place(source, root, monkeypatch):
+    def load_dataset(name, streaming):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(
+        UserError, match=r"no network.*imdb_train.parquet.*aclImdb.*task.source=DIR"
+    ) as caught:
+        prepare(Text(source=source), 4000)
+    assert str(root / "sources" / "imdb") in str(caught.value)
+    assert not [path for path in root.iterdir() if path.is_dir()]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([("fine", 1), ("", 0)], "imdb_train.parquet row 2: the text is empty"),
+        ([("fine", 1), ("unlabelled", -1)], "row 2: label -1 is not allowed"),
+        ([("fine", 1), (None, 0)], "row 2: the text is empty"),
+    ],
+)
+def test_a_faulty_row_is_named(rows, message, tmp_path):
+    source = as_parquet(tmp_path / "s", {"train": rows, "test": reviews("test")})
+    with pytest.raises(UserError, match=message):
+        prepare(Text(source=str(source)), 4000)
+
+
+def test_a_file_that_is_not_utf8_is_named(tmp_path):
+    source = as_folder(tmp_path / "s")
+    (source / "aclImdb" / "test" / "pos" / "99_7.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match="99_7.txt is not UTF-8"):
+        prepare(Text(source=str(source)), 4000)
+
+
+def test_a_missing_column_is_named_with_those_there_are(tmp_path):
+    (tmp_path / "reviews.csv").write_text("review,label\nfine,1\n")
+    with pytest.raises(
+        UserError, match="no column text, split.*train and a test file.*it has: review, label"
+    ):
+        prepare(Text(source=str(tmp_path / "reviews.csv")), 4000)
+
+
+@pytest.mark.parametrize("name", ["imdb_train.parquet", "aclImdb_v1.tar.gz", "train.csv"])
+def test_a_broken_file_is_named(name, tmp_path):
+    for file in {name, "imdb_test.parquet" if "parquet" in name else "test.csv"}:
+        (tmp_path / file).write_bytes(b"\xff\xfe broken \x00")
+    source = tmp_path / name if "tar" in name else tmp_path
+    with pytest.raises(UserError, match=f"{name} cannot be read"):
+        prepare(Text(source=str(source)), 4000)
+
+
+def test_a_broken_file_in_a_hub_layout_is_a_message(tmp_path):
+    for part in ("train", "test"):
+        (tmp_path / "plain_text").mkdir(exist_ok=True)
+        (tmp_path / "plain_text" / f"{part}-00000-of-00001.parquet").write_bytes(b"broken")
+    with pytest.raises(UserError, match="its files cannot be read"):
+        prepare(Text(source=str(tmp_path)), 4000)
+
+
+@pytest.mark.parametrize("source", ["/nowhere/imdb", "reviews.csv", "./imdb", "a/b/c"])
+def test_a_place_that_does_not_exist_is_not_taken_for_a_hub_id(source):
+    with pytest.raises(UserError, match="there is no such file or folder.*Wanted"):
+        prepare(Text(source=source), 4000)
+
+
+def test_a_folder_without_reviews_is_refused_with_what_is_wanted(tmp_path):
+    with pytest.raises(UserError, match="holds no IMDb. Wanted: imdb_train.parquet"):
+        prepare(Text(source=str(tmp_path)), 4000)

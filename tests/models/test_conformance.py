@@ -1,0 +1,115 @@
+"""The conformance suite over every registered mechanism, with each set of arguments it is compared under."""
+
+import pytest
+import torch
+from references import cases
+
+import models
+from lra.conformance import ALL_CHECKS, compiled_like_eager, leaks, subject
+from lra.conformance_subject import Subject
+
+NAMES = models.names()
+VARIANTS = [
+    pytest.param(name, own, id="-".join([name, *(f"{k}={v}" for k, v in own.items())]))
+    for name in NAMES
+    for own in [*cases(name), *([{"redraw_every": 1000}] if name == "performer" else [])]
+    if own
+]
+ABOUT_THE_FILE = ("docstring_fields", "configuration_matches", "compiles")
+
+
+@pytest.mark.parametrize("check", ALL_CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("name", NAMES)
+def test_mechanism_conforms(name, check):
+    assert_passes(check(subject(name)))
+
+
+@pytest.mark.parametrize(("name", "own"), VARIANTS)
+def test_variant_conforms(name, own):
+    for check in ALL_CHECKS:
+        if check.__name__ not in ABOUT_THE_FILE:
+            assert_passes(check(subject(name, own)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_default_compiler_matches_eager(name):
+    assert_passes_outcome(compiled_like_eager(subject(name), "inductor"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_leaks_agree_with_the_traits(name):
+    traits = subject(name).traits
+    expected = {
+        "content": traits.content_invariant,
+        "length": traits.length_invariant,
+        "batch": traits.batch_invariant,
+    }
+    measured = leaks(name)
+    assert {kind: value <= 1e-9 for kind, value in measured.items()} == expected, measured
+
+
+def test_redrawn_features_are_written_in_place():
+    found = {check.__name__: check for check in ALL_CHECKS}["updates_in_place"](
+        subject("performer", {"redraw_every": 1000})
+    )
+    assert found.detail == "writes layers.0.features"
+
+
+def test_a_check_leaves_the_random_state_alone():
+    before = torch.get_rng_state()
+    ALL_CHECKS[0](subject("performer"))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("check", ALL_CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("name", NAMES)
+def test_mechanism_conforms_on_a_gpu(name, check):
+    assert_passes(check(subject(name, device="cuda")))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NAMES)
+def test_default_compiler_matches_eager_on_a_gpu(name):
+    assert_passes_outcome(compiled_like_eager(subject(name, device="cuda"), "inductor"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("name", "own", "growth"),
+    [
+        (n, {"kernel": "math"} if n == "softmax" else {}, 4 if n == "softmax" else 2)
+        for n in NAMES
+        if n != "identity"
+    ],
+)
+def test_peak_memory_grows_as_the_docstring_says(name, own, growth):
+    """Doubling the length doubles peak memory for all but explicit softmax, which then takes four times."""
+    peaks = [
+        peak_memory(Subject(name, models.get(name), own, max_len=n, device="cuda"), n) for n in (4096, 8192)
+    ]
+    assert 0.8 * growth <= peaks[1] / peaks[0] <= 1.2 * growth, peaks
+
+
+def peak_memory(s, length):
+    """Bytes that a forward and backward pass takes beyond inputs and parameters."""
+    probe = s.probe(dtype=torch.float32)
+    x = s.inputs(4, length, dtype=torch.float32).requires_grad_()
+    for _ in range(2):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        probe(x).sum().backward()
+        peak = torch.cuda.max_memory_allocated() - before
+        x.grad = None
+        probe.zero_grad(set_to_none=True)
+    return peak
+
+
+def assert_passes(check):
+    assert check.status != "fail", f"{check.claim}: {check.detail} (measured {check.measured})"
+
+
+def assert_passes_outcome(outcome):
+    assert outcome.status == "pass", f"{outcome.detail} (measured {outcome.measured})"

@@ -1,0 +1,155 @@
+"""Luna: two multi-head attentions, norms and a feed-forward, put together as the paper does."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models import Place, build
+from models.common import dense_attention
+from models.luna import luna_attention
+
+EXACT = {"rtol": 0, "atol": 1e-12}  # float64 rounding
+SIZES = {"d_model": 16, "num_heads": 4, "max_len": 30}
+
+
+def layer(index=0, num_layers=2, **own):
+    place = Place(layer_index=index, num_layers=num_layers, **SIZES)
+    return build("luna", place, **{"proj_len": 5, "d_ff": 24, **own}).double().eval()
+
+
+def inputs(length=13):
+    x = torch.randn(2, length, 16, dtype=torch.float64)
+    mask = torch.arange(length) < torch.tensor([length, 4])[:, None]
+    return x, mask
+
+
+def torch_attention(q, kv, out, *, tie_kv):
+    """nn.MultiheadAttention with copied projections; `out` None means none."""
+    oracle = nn.MultiheadAttention(16, 4, batch_first=True).double().eval()
+    weights = [q.weight, *(kv.weight, kv.weight)] if tie_kv else [q.weight, kv.weight]
+    biases = [q.bias, *(kv.bias, kv.bias)] if tie_kv else [q.bias, kv.bias]
+    with torch.no_grad():
+        oracle.in_proj_weight.copy_(torch.cat(weights))
+        oracle.in_proj_bias.copy_(torch.cat(biases))
+        oracle.out_proj.weight.copy_(torch.eye(16) if out is None else out.weight)
+        oracle.out_proj.bias.copy_(torch.zeros(16) if out is None else out.bias)
+    return lambda query, context, padded: oracle(query, context, context, padded, need_weights=False)[0]
+
+
+@pytest.mark.parametrize("tie_kv", [True, False])
+def test_layer_equals_two_torch_attentions_after_the_paper(tie_kv):
+    luna, (x, mask) = layer(tie_kv=tie_kv), inputs()
+    p = luna.init_carry(2)
+    pack = torch_attention(luna.pack_q, luna.pack_kv, None, tie_kv=tie_kv)
+    unpack = torch_attention(luna.unpack_q, luna.unpack_kv, luna.out, tie_kv=tie_kv)
+    y_p = pack(p, x, ~mask)
+    x_1 = F.layer_norm(unpack(x, y_p, None) + x, (16,))
+    p_1 = F.layer_norm(y_p + p, (16,))
+    expected = F.layer_norm(luna.ff.down(F.relu(luna.ff.up(x_1))) + x_1, (16,))
+    found, carry = luna(x, mask, p)
+    torch.testing.assert_close(found[mask], expected[mask], **EXACT)
+    torch.testing.assert_close(carry, p_1, **EXACT)
+
+
+def test_prenorm_layer_leaves_both_residual_streams_unnormalised():
+    luna, (x, mask) = layer(prenorm=True), inputs()
+    p = luna.init_carry(2)
+    pack = torch_attention(luna.pack_q, luna.pack_kv, None, tie_kv=True)
+    unpack = torch_attention(luna.unpack_q, luna.unpack_kv, luna.out, tie_kv=True)
+    x_in, p_in = F.layer_norm(x, (16,)), F.layer_norm(p, (16,))
+    y_p = pack(p_in, x_in, ~mask)
+    x_1 = x + unpack(x_in, y_p, None)
+    expected = x_1 + luna.ff.down(F.relu(luna.ff.up(F.layer_norm(x_1, (16,)))))
+    found, carry = luna(x, mask, p)
+    torch.testing.assert_close(found[mask], expected[mask], **EXACT)
+    torch.testing.assert_close(carry, p + y_p, **EXACT)
+
+
+def test_unpacking_from_the_sequence_itself_would_be_dense_attention():
+    q, k, v = torch.randn(3, 2, 7, 16, dtype=torch.float64).unbind(0)
+    mask = torch.arange(7) < torch.tensor([7, 3])[:, None]
+    split = [x.unflatten(-1, (4, 4)).transpose(1, 2) for x in (q, k, v)]
+    expected = dense_attention(*split, mask).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(luna_attention(q, k, mask, num_heads=4, values=v), expected, **EXACT)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_gradcheck(tied):
+    mask = torch.tensor([[True] * 3, [False] * 3])
+    leaves = [x.requires_grad_() for x in torch.randn(3, 2, 3, 4, dtype=torch.float64).unbind(0)]
+
+    def attend(q, k, v):
+        return luna_attention(q, k, mask, num_heads=2, values=None if tied else v) + 0 * v
+
+    assert torch.autograd.gradcheck(attend, leaves)
+
+
+def test_carry_starts_in_the_first_layer_and_is_demanded_by_the_others():
+    first, second, (x, mask) = layer(0), layer(1), inputs()
+    assert first.init_carry(3).shape == (3, 5, 16)
+    assert second.init_carry(3) is None and second.slots is None
+    _, carry = first(x, mask, first.init_carry(2))
+    assert carry.shape == (2, 5, 16)
+    with pytest.raises(ValueError, match="layer 1 needs the carry"):
+        second(x, mask, None)
+
+
+@pytest.mark.parametrize("prenorm", [False, True])
+def test_last_layer_hands_nothing_on_and_has_no_parameter_that_nothing_reads(prenorm):
+    layers, (x, mask) = [layer(i, prenorm=prenorm) for i in (0, 1)], inputs()
+    carry = layers[0].init_carry(2)
+    for luna in layers:
+        x, carry = luna(x, mask, carry)
+    assert carry is None
+    x.square().sum().backward()
+    assert all(p.grad is not None for luna in layers for p in luna.parameters())
+
+
+def test_dynamic_projection_hides_slots_past_the_number_of_tokens():
+    hidden, shown, (x, mask) = layer(dynamic_projection=True), layer(), inputs()
+    shown.load_state_dict(hidden.state_dict())
+    p = hidden.init_carry(2)
+    found, expected = hidden(x, mask, p)[0], shown(x, mask, p)[0]
+    torch.testing.assert_close(found[0], expected[0], **EXACT)  # 13 tokens see all 5 slots
+    cut, _ = shown(x[1:, :4], None, p[1:, :4])
+    torch.testing.assert_close(found[1:, :4], cut, **EXACT)  # 4 tokens see the first 4 slots
+    unmasked, _ = hidden(x[1:, :4], None, p[1:])
+    torch.testing.assert_close(unmasked, cut, **EXACT)
+
+
+def test_first_slots_are_scaled_and_get_positions_unless_told_not_to():
+    with_positions, without = layer(), layer(sinusoidal=False)
+    assert torch.equal(without.init_carry(1)[0], without.slots)
+    difference = with_positions.init_carry(1)[0] - 4 * with_positions.slots
+    torch.testing.assert_close(difference[0], torch.tensor([0.0] * 8 + [1.0] * 8).double(), **EXACT)
+    assert difference[3, 0].item() == pytest.approx(torch.tensor(3.0).sin().item(), abs=1e-6)
+
+
+def test_batch_norm_counts_real_tokens_only():
+    luna, (x, mask) = layer(norm="batch").train(), inputs()
+    p = luna.init_carry(2)
+    found, _ = luna(x, mask, p)
+    poisoned, _ = luna(x.masked_fill(~mask[..., None], 50.0), mask, p)
+    torch.testing.assert_close(found[mask], poisoned[mask], **EXACT)
+
+
+def test_heads_of_another_width_are_projected_back():
+    place = Place(d_head=6, **SIZES)
+    luna, (x, mask) = build("luna", place).double(), inputs()
+    assert luna(x, mask, luna.init_carry(2))[0].shape == x.shape
+    assert isinstance(layer().pack_out, nn.Identity)
+
+
+@pytest.mark.parametrize("which", ["dropout", "attn_dropout", "act_dropout"])
+def test_each_dropout_acts_in_training_only(which):
+    luna, (x, mask) = layer(**{which: 0.5}).train(), inputs()
+    run = lambda: luna(x, mask, luna.init_carry(2))[0]  # noqa: E731
+    assert not torch.equal(run(), run())
+    luna.eval()
+    assert torch.equal(run(), run())
+
+
+def test_no_slots_are_refused():
+    with pytest.raises(ValueError, match="proj_len >= 1"):
+        layer(proj_len=0)
