@@ -1,17 +1,19 @@
-"""The model around a mechanism: embedding, blocks, pooling, head. It knows mechanisms only through the registry."""
+"""The model around a mechanism: embedding, blocks, pooling, head. It knows mechanisms only through the
+registry.
+"""
 
 import math
 
 import torch
 import torch.nn.functional as F
-from models.common import Block, Mixer, Place
-from models.layers import FeedForward, make_norm
 from torch import Tensor, nn
 
 from lra import registry
-from lra.schema import BackboneConfig, ModelConfig
 from lra.errors import UserError
 from lra.layout import Layout
+from lra.schema import BackboneConfig, ModelConfig
+from models.common import Block, Mixer, Place
+from models.layers import FeedForward, make_norm
 
 # s sequences, l padded length, t packed rows, d width; [... d] is [s l d] or [t d]
 
@@ -19,7 +21,9 @@ ROTARY_BASE = 10_000.0
 
 
 class Embedding(nn.Module):
-    """Token ids [...] or values [... c] to vectors [... d], with positions; `max_len` counts a [CLS] token."""
+    """Token ids [...] or values [... c] to vectors [... d], with positions; `max_len` counts a [CLS]
+    token.
+    """
 
     def __init__(
         self, config: BackboneConfig, *, vocab_size: int | None, channels: int | None, max_len: int
@@ -62,7 +66,8 @@ def sinusoids(length: int, width: int) -> Tensor:
 
 
 class Dropout(nn.Module):
-    """Dropout of residual branches: per element, or `tied`, one mask for all positions of a sequence (as S4 does).
+    """Dropout of residual branches: per element, or `tied`, one mask for all positions of a sequence (as S4
+    does).
 
     `drop_path` then drops the whole branch of a sequence (stochastic depth, arXiv 1603.09382).
     """
@@ -163,8 +168,8 @@ class Head(nn.Module):
 class Backbone(nn.Module):
     """A stack of one mechanism with an embedding before and a classifier after it.
 
-    forward(inputs, layout) -> logits [b num_classes]; inputs are ids [s l] or [t], or values with a last axis of
-    channels. `padded_length` is the length that padded rows have, without [CLS].
+    forward(inputs, layout) -> logits [b num_classes]; inputs are ids [s l] or [t], or values with a last
+    axis of channels. `padded_length` is the length that padded rows have, without [CLS].
     """
 
     def __init__(
@@ -244,7 +249,9 @@ class Backbone(nn.Module):
 
 @torch.no_grad()
 def initialise(model: nn.Module, kind: str) -> None:
-    """`torch`: leave the layers' own initialisation; `xavier`, `normal` (std 0.02): linear maps, zero biases."""
+    """`torch`: leave the layers' own initialisation; `xavier`, `normal` (std 0.02): linear maps, zero
+    biases.
+    """
     if kind == "torch":
         return
     for module in model.modules():

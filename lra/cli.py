@@ -1,4 +1,6 @@
-"""The command `lra`. Each verb is a thin call into one module; errors of the user's end here as one message."""
+"""The command `lra`. Each verb is a thin call into one module; errors of the user's end here as one
+message.
+"""
 
 import argparse
 import json
@@ -8,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from lra import __version__
+from lra.arguments import Parser
 from lra.errors import UserError, unknown
 
 OK, SOME_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -38,7 +41,9 @@ lra VERB --help says more about a verb."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb and returns the exit status: 0 done, 1 some runs failed, 2 bad input, 130/143 interrupted."""
+    """Runs one verb and returns the exit status: 0 done, 1 some runs failed, 2 bad input, 130/143
+    interrupted.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("lra").setLevel(logging.INFO if os.environ.get("LRA_VERBOSE") else logging.WARNING)
@@ -85,13 +90,6 @@ def _verbs() -> dict[str, Callable[[list[str]], int]]:
     }
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse with our exit path: its errors become a UserError."""
-
-    def error(self, message: str):
-        raise UserError(f"{message}; {self.prog} --help shows what is allowed")
-
-
 def _overrides(parser: Parser, argv: list[str]) -> argparse.Namespace:
     """Flags and overrides in any order; what is neither is refused."""
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -133,8 +131,8 @@ def _print_config(overrides: list[str]) -> int:
 def _measure(argv: list[str]) -> int:
     parser = Parser(
         prog="lra measure",
-        description="Time and peak memory of a training step or a forward pass on full rows of made-up tokens. "
-        "Comma lists are expanded; also mode=train,infer and tokens=N (rows a batch = N / length).",
+        description="Time and peak memory of a training step or a forward pass on full rows of made-up "
+        "tokens. Comma lists are expanded; also mode=train,infer and tokens=N (rows a batch = N / length).",
     )
     parser.add_argument("--force", action="store_true", help="measure again what is on disk")
     args = _overrides(parser, argv)

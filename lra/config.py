@@ -77,7 +77,9 @@ class RunConfig:
         return f"{self.paper.name}@{self.paper.version}" if self.paper.name != "none" else "none"
 
     def identity(self) -> dict[str, Any]:
-        """The semantic settings that differ from the defaults: what two runs must share to be the same run."""
+        """The semantic settings that differ from the defaults: what two runs must share to be the same
+        run.
+        """
         own = registry.own_defaults(self.model)
         model = {"name": self.model.name, **semantic(self.model.backbone)}
         model |= {k: v for k, v in self.model.own.items() if k not in own or own[k] != v}
@@ -137,7 +139,9 @@ def parse(overrides: Iterable[str]) -> list[Override]:
 
 
 def expand(overrides: Sequence[str]) -> list[list[str]]:
-    """All combinations of the comma lists (and range(), choice()) in `overrides`, the last key varying fastest."""
+    """All combinations of the comma lists (and range(), choice()) in `overrides`, the last key varying
+    fastest.
+    """
     choices = []
     for override in parse(overrides):
         key = override.get_key_element()

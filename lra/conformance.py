@@ -1,6 +1,5 @@
 """The conformance suite: what every mechanism must do, measured for one; the verb `lra check-model`."""
 
-import argparse
 import inspect
 import shlex
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ import torch
 from omegaconf import OmegaConf
 
 from lra import conformance_checks, conformance_compile, conformance_numerics, registry
+from lra.arguments import Parser
 from lra.conformance_checks import batch_leak, content_leak, length_leak
 from lra.conformance_compile import compiled_like_eager
 from lra.conformance_subject import Check, Subject, checks_in, quiet_seed
@@ -155,7 +155,7 @@ def leaks(name: str, own: Mapping[str, object] | None = None) -> dict[str, float
 
 def main(argv: list[str]) -> int:
     """`lra check-model NAME|pkg.mod:Class [model.key=value ...]`: prints the report; 0 if it conforms."""
-    parser = argparse.ArgumentParser(prog="lra check-model", description=DESCRIPTION, epilog=EPILOG)
+    parser = Parser(prog="lra check-model", description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument(
         "model", metavar="NAME|pkg.mod:Class", help="a mechanism, or a class found from this folder"
     )

@@ -1,7 +1,8 @@
 """What one training step costs beside time: floating-point operations and peak memory.
 
-On a GPU memory is read from PyTorch's allocator. On the CPU no such counter exists and the process size says little
-(the C library keeps freed memory), so the allocations of one step are followed by the profiler instead.
+On a GPU memory is read from PyTorch's allocator. On the CPU no such counter exists and the process size says
+little (the C library keeps freed memory), so the allocations of one step are followed by the profiler
+instead.
 """
 
 import copy
@@ -21,21 +22,27 @@ CUDA_METHOD = "peak of PyTorch's CUDA allocator after warm-up, without the data 
 
 
 class Trial:
-    """A copy of a step that can be run without touching the training run: other weights, same random state after."""
+    """A copy of a step that can be run without touching the training run: other weights, same random state
+    after.
+    """
 
     def __init__(self, step: Step) -> None:
         self.device = step.device
         self.step = Step(copy.deepcopy(step.model), step.config, step.device, "eager")
 
     def flops(self, parts: list[Batch]) -> int:
-        """Floating-point operations of one step as PyTorch counts them: products and attention, not elementwise."""
+        """Floating-point operations of one step as PyTorch counts them: products and attention, not
+        elementwise.
+        """
         counter = FlopCounterMode(display=False)
         with self._fork(), counter:
             self.step(parts, lr=0.0)
         return counter.get_total_flops()
 
     def cpu_peak_mib(self, parts: list[Batch]) -> float:
-        """Peak MiB of a step on the CPU: what stays (weights, optimizer state) and the most that is live at once."""
+        """Peak MiB of a step on the CPU: what stays (weights, optimizer state) and the most that is live at
+        once.
+        """
         with self._fork():
             self.step(parts, lr=0.0)  # makes the optimizer's state
             self.step.optimizer.zero_grad(set_to_none=True)

@@ -1,6 +1,7 @@
 """Where a run took place: device, versions, revision. What is unknown is None."""
 
 import logging
+import os
 import platform
 import random
 import socket
@@ -62,7 +63,9 @@ def seed_everything(seed: int) -> None:
 
 
 def set_precision(precision: str, *, deterministic: bool) -> None:
-    """Process-wide switches: tf32 products only where the run asks for them; deterministic kernels if asked."""
+    """Process-wide switches: tf32 products only where the run asks for them; deterministic kernels if
+    asked.
+    """
     tf32 = precision != "fp32"
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
@@ -76,10 +79,13 @@ def synchronize(device: torch.device) -> None:
 
 @lru_cache
 def git_revision() -> str | None:
-    """The commit of the source tree lra runs from, with '-dirty' if it was changed; None outside a clone."""
+    """The commit of the tree lra runs from, with "-dirty" if it was changed.
+
+    Outside a clone it is what LRA_GIT_REVISION says (a job that runs on a copy of the tree sets it), else None.
+    """
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
-        return None
+        return os.environ.get("LRA_GIT_REVISION")
     try:
         run = lambda *args: subprocess.run(  # noqa: E731
             ["git", "-C", str(root), *args], capture_output=True, text=True, check=True, timeout=10

@@ -5,7 +5,9 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Bad arguments, configuration or data; the message says what was given, what is allowed and what to do next."""
+    """Bad arguments, configuration or data; the message says what was given, what is allowed and what to do
+    next.
+    """
 
 
 def unknown(kind: str, given: str, choices: Iterable[str]) -> UserError:

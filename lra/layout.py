@@ -1,15 +1,16 @@
 """How the tokens of a batch lie in memory: packed without padding, or padded with a mask.
 
-Embedding, norms and feed-forward work on [... d] and do not care. What does care (mixing, pooling, per-sequence
-dropout, the [CLS] token) asks the layout, so that a model is written once.
+Embedding, norms and feed-forward work on [... d] and do not care. What does care (mixing, pooling,
+per-sequence dropout, the [CLS] token) asks the layout, so that a model is written once.
 """
 
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from models.common import Block, Mixer, PadIndex, full_precision
 from torch import Tensor
+
+from models.common import Block, Mixer, PadIndex, full_precision
 
 # s sequences (batch rows x documents), l padded length, t packed rows, d width
 
@@ -67,8 +68,8 @@ class Padded:
 class Packed:
     """x [t d]; sequence i is x[cu_seqlens[i]:cu_seqlens[i + 1]], later rows are filler.
 
-    `length` is the padded length that mechanisms without a packed path get; `full` says that every sequence has
-    exactly that length and that there is no filler, so that padding is a reshape.
+    `length` is the padded length that mechanisms without a packed path get; `full` says that every sequence
+    has exactly that length and that there is no filler, so that padding is a reshape.
     """
 
     cu_seqlens: Tensor
@@ -119,7 +120,9 @@ class Packed:
         return values[self.index.where.segment.clamp(max=self.num_sequences - 1)]
 
     def pool(self, x: Tensor, kind: str) -> Tensor:
-        """x [t d] -> [s d]; sums are a product with the 0/1 membership matrix, so they are deterministic on a GPU."""
+        """x [t d] -> [s d]; sums are a product with the 0/1 membership matrix, so they are deterministic on
+        a GPU.
+        """
         if kind in ("cls", "first"):
             return x[self.cu_seqlens[:-1].long()]
         if self.full or kind == "max":

@@ -29,7 +29,9 @@ DEFAULT_LENGTHS = "1024,4096"
 
 
 def measure(overrides: Sequence[str], *, force: bool = False, on_record=lambda record: None) -> list[Record]:
-    """One record per combination of the overrides, `mode=` and `tokens=` among them; done cells are only read."""
+    """One record per combination of the overrides, `mode=` and `tokens=` among them; done cells are only
+    read.
+    """
     records_made = []
     for cell in cells(overrides):
         record = measure_cell(*cell, force=force)
@@ -134,25 +136,26 @@ def _measure(config: RunConfig, mode: str, device: torch.device) -> dict[str, An
         "num_steps": len(times),
     }
     spread = np.percentile(times, [25, 75]) * 1e3
-    found["extra"] = {"mode": mode, "step_ms_quartiles": spread.tolist(), "peak_mem_method": cost.CPU_METHOD}
+    extra = {"mode": mode, "own": config.model.own, "step_ms_quartiles": spread.tolist()}
     trial = cost.Trial(step)
     if device.type == "cuda":
         data_bytes = batch.inputs.numel() * batch.inputs.element_size()
         found["peak_mem_mib"] = cost.cuda_peak_mib(device, data_bytes)
-        found["extra"]["peak_mem_method"] = cost.CUDA_METHOD
     elif mode == "train":
         found["peak_mem_mib"] = trial.cpu_peak_mib([batch])
     else:
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         found["peak_mem_mib"] = (weights + cost.peak_bytes(infer)) / cost.MIB
+    extra["peak_mem_method"] = cost.CUDA_METHOD if device.type == "cuda" else cost.CPU_METHOD
+    found["extra"] = extra
     if mode == "train":
         found["flops_per_step"] = trial.flops([batch])
     return found
 
 
 def _time(call, device: torch.device) -> list[float]:
-    """Seconds of each call, synchronised; GPU calls by device events, so that launch gaps of the host do not count
-    twice but waiting for launches does."""
+    """Seconds of each call, synchronised; GPU calls by device events, so that launch gaps of the host do not
+    count twice but waiting for launches does."""
     times: list[float] = []
     while len(times) < MIN_CALLS or sum(times) < MIN_SECONDS:
         if device.type == "cuda":
@@ -199,7 +202,7 @@ def _describe(config: RunConfig, mode: str, device: torch.device) -> Record:
         task=config.task.name,
         model=config.model.name,
         paper=None if config.paper.name == "none" else config.paper.name,
-        recipe_version=config.recipe_version,
+        recipe_version=config.paper.version or None,
         deviations=list(config.deviations),
         length=config.length,
         seed=config.seed,

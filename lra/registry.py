@@ -1,7 +1,7 @@
 """Names to mechanism classes. The only way into `models` from the harness.
 
-`models` is the package that lies beside `lra`, in a clone and in an installed wheel alike. Importing `lra` makes
-`import models` find it wherever lra is run; one that was imported before that is refused.
+`models` is the package that lies beside `lra`, in a clone and in an installed wheel alike. Importing `lra`
+makes `import models` find it wherever lra is run; one that was imported before that is refused.
 """
 
 import copy
@@ -28,7 +28,7 @@ def load_models() -> ModuleType:
     path = Path(getattr(models, "__file__", None) or "an unknown place").resolve()
     if path.parent != MODELS:
         raise UserError(
-            f"another package called 'models' is already imported from {path}; lra needs its own in {MODELS}. "
+            f"another package called 'models' is already imported from {path}; lra needs {MODELS}. "
             "Start lra in a process that does not import the other one, or rename it"
         )
     return models
@@ -40,7 +40,9 @@ def names() -> list[str]:
 
 
 def get(name: str, target: str | None = None) -> type:
-    """The class of mechanism `name`, or of `target` ("pkg.mod:Class" or "file.py:Class") for name 'custom'."""
+    """The class of mechanism `name`, or of `target` ("pkg.mod:Class" or "file.py:Class") for name
+    'custom'.
+    """
     models = load_models()
     if name == "custom":
         if not target:
@@ -89,7 +91,9 @@ def _load_file(path: Path) -> ModuleType:
 
 
 def build(model, place):
-    """One mechanism of a `ModelConfig` at a place; it also gets the backbone settings that its constructor names."""
+    """One mechanism of a `ModelConfig` at a place; it also gets the backbone settings that its constructor
+    names.
+    """
     cls = get(model.name, model.target)
     models = load_models()
     settings = {f.name: getattr(model.backbone, f.name) for f in dataclasses.fields(model.backbone)}
@@ -114,7 +118,9 @@ def is_block(model) -> bool:
 
 
 def own_schema(name: str, target: str | None = None) -> type:
-    """A dataclass of the mechanism's own parameters, made from its constructor; backbone settings are left out."""
+    """A dataclass of the mechanism's own parameters, made from its constructor; backbone settings are left
+    out.
+    """
     backbone = {f.name for f in dataclasses.fields(BackboneConfig)}
     parameters = load_models().common.own_parameters(get(name, target))
     fields = []

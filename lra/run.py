@@ -107,7 +107,7 @@ def describe(config: RunConfig, store: Store) -> Record:
         task=config.task.name,
         model=config.model.name,
         paper=None if config.paper.name == "none" else config.paper.name,
-        recipe_version=config.recipe_version,
+        recipe_version=config.paper.version or None,
         deviations=list(config.deviations),
         length=config.length,
         seed=config.seed,
@@ -135,7 +135,8 @@ def make_folder(folder: Path) -> None:
         (folder / "log.txt").touch()
     except OSError as error:
         raise UserError(
-            f"cannot write the run folder {folder}: {error.strerror or error}; set LRA_RUNS to a folder you may write to"
+            f"cannot write the run folder {folder}: {error.strerror or error}; "
+            "set LRA_RUNS to a folder you may write to"
         ) from error
 
 

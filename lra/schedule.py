@@ -77,7 +77,9 @@ class Schedule:
         return self.config.lr * self._warmup(step) * 0.5 * (1 + math.cos(math.pi * (progress % 1.0)))
 
     def _rsqrt(self, step: int) -> float:
-        """base * min(1, t / W) / sqrt(max(t, W)): the base is not the peak (google-research/long-range-arena)."""
+        """base * min(1, t / W) / sqrt(max(t, W)): the base is not the peak
+        (google-research/long-range-arena).
+        """
         return self.config.lr * self._warmup(step) / math.sqrt(max(step + 1, self.config.warmup_steps))
 
     def _inverse_sqrt(self, step: int) -> float:

@@ -1,7 +1,7 @@
 """What a run is made of: typed settings with their defaults, choices and meaning. No values live elsewhere.
 
-`semantic` fields decide the result and so enter the run's identity; values equal to the default here are left out
-of it, so that a new setting does not rename old runs.
+`semantic` fields decide the result and so enter the run's identity; values equal to the default here are
+left out of it, so that a new setting does not rename old runs.
 """
 
 import dataclasses

@@ -20,7 +20,9 @@ COMPILE_PAYS_FROM = 20_000  # steps: compiling costs one to three minutes for al
 
 
 def choose_mode(config: TrainConfig, device: torch.device) -> tuple[str, str]:
-    """The step mode and why: what the config names, else eager unless a long run on a GPU pays for compiling."""
+    """The step mode and why: what the config names, else eager unless a long run on a GPU pays for
+    compiling.
+    """
     if config.step_mode != "auto":
         return config.step_mode, "as asked"
     if device.type == "cuda" and config.num_steps >= COMPILE_PAYS_FROM:
@@ -52,7 +54,9 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
 
 
 class Step:
-    """Called with the parts of one batch, updates the weights once and returns the mean loss, on the device."""
+    """Called with the parts of one batch, updates the weights once and returns the mean loss, on the
+    device.
+    """
 
     def __init__(self, model: Backbone, config: TrainConfig, device: torch.device, mode: str) -> None:
         self.model, self.config, self.device, self.mode = model, config, device, mode

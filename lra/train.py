@@ -57,7 +57,9 @@ class State:
 
 
 class Trainer:
-    """Builds a run from its config and folder, trains it to the end, and scores the chosen weights on test."""
+    """Builds a run from its config and folder, trains it to the end, and scores the chosen weights on
+    test.
+    """
 
     def __init__(
         self, config: RunConfig, store: Store, folder: Path, *, progress: Progress | None = None
@@ -175,7 +177,9 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, split: str) -> tuple[float, float, np.ndarray]:
-        """Accuracy, mean loss and predictions of the present weights on every example of a split, each once."""
+        """Accuracy, mean loss and predictions of the present weights on every example of a split, each
+        once.
+        """
         self.model.eval()
         batches = self.batches[split]
         predicted, total_loss = [], torch.zeros((), device=self.device, dtype=torch.float64)
@@ -334,7 +338,9 @@ class _Segment:
 
 
 def choose_layout(config: RunConfig) -> str:
-    """`packed`, unless a quirk of the recipe counts padding; UserError if that quirk is asked for while packed."""
+    """`packed`, unless a quirk of the recipe counts padding; UserError if that quirk is asked for while
+    packed.
+    """
     quirks = []
     if config.model.backbone.norm == "batch" and config.model.backbone.norm_stats == "all":
         quirks.append("model.norm_stats=all")
@@ -362,7 +368,9 @@ def build_model(config: RunConfig, *, vocab_size: int | None) -> Backbone:
 
 
 def accuracy_by_length(right: np.ndarray, lengths: np.ndarray, documents: int) -> dict[str, dict] | None:
-    """Accuracy and count per quarter of the test rows by real length; None where all rows are equally long."""
+    """Accuracy and count per quarter of the test rows by real length; None where all rows are equally
+    long.
+    """
     per_row = lengths.reshape(-1, documents).sum(1)
     edges = np.unique(np.quantile(per_row, [0, 0.25, 0.5, 0.75, 1]).round().astype(int))
     if len(edges) < 2:

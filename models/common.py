@@ -1,4 +1,6 @@
-"""What every mechanism stands on: its place in a model, its traits, projections, masks and packed segments."""
+"""What every mechanism stands on: its place in a model, its traits, projections, masks and packed
+segments.
+"""
 
 import dataclasses
 import inspect
@@ -89,7 +91,9 @@ _REGISTRY: dict[str, type] = {}
 
 
 def register(name: str) -> Callable[[type], type]:
-    """Class decorator: makes a mechanism known under `name`, which is also the name of its file and its YAML."""
+    """Class decorator: makes a mechanism known under `name`, which is also the name of its file and its
+    YAML.
+    """
 
     def add(cls: type) -> type:
         if name in _REGISTRY and _REGISTRY[name].__qualname__ != cls.__qualname__:
@@ -132,10 +136,14 @@ class Mechanism(nn.Module):
         return None
 
     def training_update(self, step: int) -> None:
-        """Called before training step `step` (0, 1, ...); writes buffers in place, never replaces a tensor."""
+        """Called before training step `step` (0, 1, ...); writes buffers in place, never replaces a
+        tensor.
+        """
 
     def state_size(self, length: int) -> int | None:
-        """Numbers one layer keeps to mix a sequence of `length` tokens; None where the idea does not apply."""
+        """Numbers one layer keeps to mix a sequence of `length` tokens; None where the idea does not
+        apply.
+        """
         return None
 
 
@@ -172,7 +180,8 @@ class Mixer(Mechanism):
         return self.out(mixed.transpose(1, 2).flatten(2))
 
     def forward_packed(self, x: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
-        """x: [t d_model]; sequence i is x[cu_seqlens[i]:cu_seqlens[i + 1]], none longer than max_len -> [t d_model].
+        """x: [t d_model]; sequence i is x[cu_seqlens[i]:cu_seqlens[i + 1]], none longer than max_len -> [t
+        d_model].
 
         Rows past cu_seqlens[-1] are filler: their outputs are finite, reach nothing and mean nothing.
         """
@@ -188,9 +197,11 @@ class Mixer(Mechanism):
 
 
 class Block(Mechanism):
-    """A whole layer: x [b l d_model], mask [b l], carry -> (x, carry); normalisation and residuals are its own.
+    """A whole layer: x [b l d_model], mask [b l], carry -> (x, carry); normalisation and residuals are its
+    own.
 
-    Constructor arguments that have the name of a backbone setting (`d_ff`, `dropout`, `norm`, ...) get its value.
+    Constructor arguments that have the name of a backbone setting (`d_ff`, `dropout`, `norm`, ...) get its
+    value.
     """
 
     def __init__(self, place: Place) -> None:
@@ -220,7 +231,8 @@ def full_precision(x: Tensor) -> Iterator[None]:
 def masked_softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
     """Softmax over the last axis among positions where mask is True; rows with no such position give zeros.
 
-    scores: [... n], mask: bool, broadcastable to scores. Computed in at least float32, returned in that dtype.
+    scores: [... n], mask: bool, broadcastable to scores. Computed in at least float32, returned in that
+    dtype.
     """
     (scores,) = at_least_fp32(scores)
     if mask is None:
@@ -234,7 +246,8 @@ def dense_attention(
 ) -> Tensor:
     """Explicit softmax attention: the limit that many mechanisms are tested against.
 
-    q, k, v: [b h l d], mask: [b l] bool -> [b h l d]; scale defaults to d ** -0.5 (Vaswani et al. 2017, eq. 1).
+    q, k, v: [b h l d], mask: [b l] bool -> [b h l d]; scale defaults to d ** -0.5 (Vaswani et al. 2017, eq.
+    1).
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     scores = torch.einsum("bhid,bhjd->bhij", q, k) * scale
@@ -327,9 +340,10 @@ CHUNK = 64  # rows
 class Chunks:
     """Packed rows laid out in chunks of a fixed size, none of which holds rows of two sequences.
 
-    row: [n c] the packed row in each place, inside: [n c] bool, whether the place is used, owner: [n] the chunk's
-    sequence (b for spare chunks), slot: [t] the place of each row in the flattened chunks. At most t / c + b
-    chunks are needed (b if one holds any sequence), so their number is known without reading `cu_seqlens`.
+    row: [n c] the packed row in each place, inside: [n c] bool, whether the place is used, owner: [n] the
+    chunk's sequence (b for spare chunks), slot: [t] the place of each row in the flattened chunks. At most t
+    / c + b chunks are needed (b if one holds any sequence), so their number is known without reading
+    `cu_seqlens`.
     """
 
     row: Tensor
@@ -371,7 +385,9 @@ class Chunks:
         return rows * _rows(self.real, rows)
 
     def sum_by_sequence(self, partial: Tensor, batch_size: int) -> Tensor:
-        """One value per chunk [n ...] -> one per sequence [b ...]; a product, so it is deterministic on a GPU."""
+        """One value per chunk [n ...] -> one per sequence [b ...]; a product, so it is deterministic on a
+        GPU.
+        """
         sequence = torch.arange(batch_size, device=self.owner.device)
         membership = (self.owner == sequence[:, None]).to(partial.dtype)  # [b n]
         return (membership @ partial.flatten(1)).unflatten(1, partial.shape[1:])

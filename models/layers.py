@@ -21,7 +21,9 @@ class LayerNorm(nn.LayerNorm):
 
 
 class ScaleNorm(nn.Module):
-    """Root-mean-square normalisation with one learned scalar (Nguyen and Salazar 2019, arXiv 1910.05895, eq. 5)."""
+    """Root-mean-square normalisation with one learned scalar (Nguyen and Salazar 2019, arXiv 1910.05895, eq.
+    5).
+    """
 
     def __init__(self, width: int, *, eps: float = 1e-5) -> None:
         super().__init__()
@@ -96,7 +98,8 @@ def make_norm(kind: str, width: int, *, stats: str = "real", eps: float = 1e-5) 
 class FeedForward(nn.Module):
     """Two linear maps around an activation, x [... d_model] -> [... d_model]; `glu` gates the hidden layer.
 
-    With `glu` the first map is twice as wide and hidden = a * activation(g) (Shazeer 2020, arXiv 2002.05202, eq. 5).
+    With `glu` the first map is twice as wide and hidden = a * activation(g) (Shazeer 2020, arXiv 2002.05202,
+    eq. 5).
     """
 
     def __init__(

@@ -1,7 +1,8 @@
 """Linear attention: a positive feature map in place of the softmax kernel.
 
 Paper    Katharopoulos et al. 2020, arXiv 2006.16236, eq. 4-6
-Computes out_i = f(q_i) S / (f(q_i) . z)   with   S = sum_j f(k_j) v_j^T,   z = sum_j f(k_j),   f(x) = elu(x) + 1
+Computes out_i = f(q_i) S / (f(q_i) . z)   with   S = sum_j f(k_j) v_j^T,   z = sum_j f(k_j),   f(x) = elu(x)
++ 1
 Cost     time O(L D^2), memory O(L D + D^2) per head
 Exact    no; it is dense attention with the kernel f(q) . f(k) in place of exp(q . k)
 Padding  padded keys leave S and z unchanged

@@ -46,7 +46,8 @@ def softmax_fused(
 def softmax_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, *, dropout: float = 0.0
 ) -> Tensor:
-    """FlashAttention over packed rows, no padding computed. q, k, v: [t h d] in half precision on a GPU -> [t h d].
+    """FlashAttention over packed rows, no padding computed. q, k, v: [t h d] in half precision on a GPU ->
+    [t h d].
 
     The operator behind `torch.nn.attention.varlen`, called directly because that wrapper has no dropout.
     """
@@ -60,7 +61,9 @@ def softmax_varlen(
 def softmax_by_sequence(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, dropout: float = 0.0
 ) -> Tensor:
-    """One fused call per sequence, no padding computed: the packed path of the CPU. q, k, v: [t h d] -> [t h d]."""
+    """One fused call per sequence, no padding computed: the packed path of the CPU. q, k, v: [t h d] -> [t h
+    d].
+    """
     bounds = cu_seqlens.tolist()
     parts = [
         softmax_fused(*(x[start:stop].transpose(0, 1)[None] for x in (q, k, v)), dropout=dropout)[

@@ -1,8 +1,8 @@
 """From a store to batches on the device: order, truncation, packing.
 
-The tokens of a split live on the training device as they lie on disk (one flat array), and a batch is gathered
-there. Which rows make batch number n depends on the seed and n alone, so a resumed run continues the same batches
-and every layout sees the same ones.
+The tokens of a split live on the training device as they lie on disk (one flat array), and a batch is
+gathered there. Which rows make batch number n depends on the seed and n alone, so a resumed run continues
+the same batches and every layout sees the same ones.
 """
 
 from collections.abc import Iterator
@@ -50,7 +50,8 @@ class Batches:
         scaling: tuple[float, float] | None = None,
         token_sizes: tuple[int, ...] = (),
     ) -> None:
-        """`scaling` (mean, std) makes values out of stored pixels; else stored numbers plus `id_offset` are ids.
+        """`scaling` (mean, std) makes values out of stored pixels; else stored numbers plus `id_offset` are
+        ids.
 
         `token_sizes`: the row counts that packed batches are filled up to; () takes each batch as it is.
         """
@@ -150,7 +151,8 @@ def decoding(task: Task) -> dict[str, Any]:
 def token_sizes(
     lengths: np.ndarray, batch_size: int, documents: int, *, count: int = 4, seed: int = 0
 ) -> tuple[int, ...]:
-    """At most `count` row counts for packed batches: quantiles of the totals of random batches, then the largest.
+    """At most `count` row counts for packed batches: quantiles of the totals of random batches, then the
+    largest.
 
     The largest is the total of the longest possible batch, so every batch fits one of them.
     """

@@ -9,7 +9,6 @@ import dataclasses
 import json
 import sys
 import time
-import types
 import typing
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lra import tasks
+from lra.arguments import Parser
 from lra.data import store as stores
 from lra.data.export import export
 from lra.data.prepare import prepare
@@ -42,41 +42,27 @@ def main(argv: Sequence[str]) -> int:
 
 
 def resolve(task_name: str, overrides: Sequence[str]) -> list[tuple[Task, int]]:
-    """The task with its settings, once for each length of `length=`; UserError for an unknown key or a bad
-    value.
+    """The task with its settings, once for each value of every comma list; UserError for what has no meaning
+    here.
     """
-    cls = tasks.get(task_name)
-    fields = {f"task.{f.name}": f for f in dataclasses.fields(cls) if f.name not in ("name", "padded_length")}
-    settings, lengths = {}, [cls.default_length]
+    from lra.config import compose, expand
+
+    known = ["length", "paper", *(f"task.{name}" for name in _settings(task_name))]
     for override in overrides:
-        key, equals, value = override.partition("=")
-        if key != "length" and key not in fields:
-            raise unknown("setting", key, ["length", *fields])
+        key, equals, _ = override.partition("=")
+        if key not in known:
+            raise unknown("setting", key, known)
         if not equals:
             raise UserError(f"'{override}' has no value; write {key}=VALUE")
-        if key == "length":
-            lengths = [_convert("length", int, part) for part in value.split(",")]
-        else:
-            settings[fields[key].name] = _convert(key, fields[key].type, value)
-    task = cls(**settings)
-    task.check()
-    for length in lengths:
-        task.check_length(length)
-    return [(task, length) for length in lengths]
+    configs = [compose(one) for one in expand([f"task={task_name}", *overrides])]
+    return [(config.task, config.length) for config in configs]
 
 
-def _convert(key: str, kind: Any, text: str) -> Any:
-    """The value that `text` means for a field of type `kind`: int, str, or one of them or None."""
-    allowed = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if type(None) in allowed and text.lower() in ("null", "none"):
-        return None
-    if int not in allowed:
-        return text
-    try:
-        return int(text)
-    except ValueError:
-        null = " or null" if type(None) in allowed else ""
-        raise UserError(f"{key}={text} is not allowed; give a whole number{null}") from None
+def _settings(task_name: str) -> list[str]:
+    """The fields that decide what lies on the disk."""
+    return [
+        f.name for f in dataclasses.fields(tasks.get(task_name)) if f.name not in ("name", "padded_length")
+    ]
 
 
 def _selected(args: argparse.Namespace) -> list[tuple[Task, int]]:
@@ -275,11 +261,6 @@ def _table(header: Sequence[str], rows: list[list[Any]]) -> str:
     )
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> typing.NoReturn:
-        raise UserError(f"{self.prog}: {message}; {' '.join(self.format_usage().split())}")
-
-
 @dataclasses.dataclass(frozen=True)
 class _Action:
     run: Callable[[argparse.Namespace], int]
@@ -316,7 +297,7 @@ def _summary() -> str:
 
 
 def _parse(name: str, action: _Action, argv: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(prog=f"lra data {name}", description=action.help, allow_abbrev=False)
+    parser = Parser(prog=f"lra data {name}", description=action.help, allow_abbrev=False)
     parser.add_argument("task", help=f"{', '.join(tasks.names())} or all")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="length=, task.<field>=")
     for flag in action.flags:

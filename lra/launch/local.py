@@ -1,6 +1,8 @@
-"""The launcher of one machine: a worker process per visible GPU, or one on the CPU, each taking run after run.
+"""The launcher of one machine: a worker process per visible GPU, or one on the CPU, each taking run after
+run.
 
-Runs share processes, so that imports and CUDA contexts are paid once; a worker that dies costs only the run it had.
+Runs share processes, so that imports and CUDA contexts are paid once; a worker that dies costs only the run
+it had.
 """
 
 import contextlib
@@ -53,9 +55,11 @@ def visible_gpus() -> list[str]:
 
 
 def run_all(jobs: list[Job], *, on_event: Callable[[dict[str, Any]], None]) -> list[Record]:
-    """Does every job and returns their records in the order they end; on_event hears of starts, steps and ends.
+    """Does every job and returns their records in the order they end; on_event hears of starts, steps and
+    ends.
 
-    A run that fails, or whose worker dies, does not stop the others. A UserError inside a run counts as failed.
+    A run that fails, or whose worker dies, does not stop the others. A UserError inside a run counts as
+    failed.
     """
     waiting, records = deque(jobs), []
     devices: list[str | None] = list(visible_gpus()[: len(jobs)]) or [None]
@@ -108,7 +112,9 @@ def _assign(worker: Worker, waiting: deque[Job], on_event: Callable[[dict[str, A
 
 
 def _hear(worker: Worker, on_event: Callable[[dict[str, Any]], None]) -> Record | None:
-    """One message of a worker: progress (None) or its run's record; a dead worker gives a record of its death."""
+    """One message of a worker: progress (None) or its run's record; a dead worker gives a record of its
+    death.
+    """
     try:
         message = worker.pipe.recv()
     except (EOFError, OSError):

@@ -1,4 +1,6 @@
-"""From overrides to finished runs: expand, check everything first, prepare the data, skip what is done, launch."""
+"""From overrides to finished runs: expand, check everything first, prepare the data, skip what is done,
+launch.
+"""
 
 import logging
 import time

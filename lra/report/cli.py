@@ -4,9 +4,9 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 from lra import records
+from lra.arguments import Parser
 from lra.errors import UserError, unknown
 from lra.report import render
 from lra.report.tables import BY, build
@@ -14,14 +14,9 @@ from lra.report.tables import BY, build
 BY_SUFFIX = {".md": "md", ".csv": "csv"}
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.prog}: {message}; see `{self.prog} --help`")
-
-
 def table_main(argv: list[str]) -> int:
     """Prints records as tables; failed runs are rows of them and no failure of this verb."""
-    parser = _Parser(
+    parser = Parser(
         prog="lra table", description="Records to tables: intervals, ties, published numbers, cost."
     )
     _add_runs(parser)
@@ -44,7 +39,7 @@ def table_main(argv: list[str]) -> int:
 
 def plot_main(argv: list[str]) -> int:
     """Draws accuracy against speed and names the files it wrote."""
-    parser = _Parser(prog="lra plot", description="Accuracy against speed; marker area is peak memory.")
+    parser = Parser(prog="lra plot", description="Accuracy against speed; marker area is peak memory.")
     _add_runs(parser)
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("accuracy_speed.png"), help=".png, .svg or .pdf"

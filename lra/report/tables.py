@@ -110,9 +110,17 @@ def notes(group: Group, row: Row) -> list[str]:
         found.append(f"{_runs(row.repeats)} of a seed already counted")
     found += unusual_steps(group, row)
     own = value_text("own", {k: v for k, v in row.own.items() if f"{k}={v}" not in row.label})
-    deviations = [value_text("deviations", d) for d in distinct(run["deviations"] for run in row.runs) if d]
+    common = shared_deviations(group)
+    apart = [[d for d in run["deviations"] or [] if d not in common] for run in row.runs]
+    deviations = [value_text("deviations", d) for d in distinct(apart) if d]
     found += [own] * bool(own) + [f"deviates: {d}" for d in deviations if d not in row.label]
     return found
+
+
+def shared_deviations(group: Group) -> list[str]:
+    """What every run of the table does otherwise than its recipe; said once, below it."""
+    lists = [run["deviations"] or [] for row in group.rows for run in row.runs]
+    return [d for d in lists[0] if all(d in other for other in lists[1:])] if lists else []
 
 
 def unusual_steps(group: Group, row: Row) -> list[str]:
@@ -172,6 +180,8 @@ def footnotes(group: Group, cells: list[published.Cell | None]) -> list[str]:
         found.append(
             "(published): the paper took the number over from an earlier one; its recipe never ran it"
         )
+    common = shared_deviations(group)
+    found += [f"all rows deviate from the paper: {'; '.join(common)}"] * bool(common)
     return found + memory_footnotes(group.rows)
 
 

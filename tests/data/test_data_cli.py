@@ -194,7 +194,7 @@ def test_export_of_the_first_rows_cuts_tokens_offsets_and_labels(run, tmp_path):
         (["prepare", "listops", "length"], "'length' has no value; write length=VALUE"),
         (["prepare", "listops", "length=ten"], "length=ten is not allowed; give a whole number"),
         (["prepare", "listops", "length=8"], "give one from 32 to 32768"),
-        (["prepare", "listops", "task.max_depth=deep"], "give a whole number or null"),
+        (["prepare", "listops", "task.max_depth=deep"], "task.max_depth"),
         (["prepare", "listops", "task.num_train=0"], "task.num_train=0 is out of range"),
         (["prepare", "text", "task.val=tset"], "did you mean 'test'"),
         (["prepare", "all", "task.num_trian=3"], "did you mean 'task.num_train'"),

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+
 from lra.backbone import Backbone, Dropout
 from lra.errors import UserError
 from lra.layout import Packed, Padded

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from lra import records
 from lra.cli import VERBS, main
 

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+
 from lra import config, registry, schema
 from lra.config import compose, expand
 from lra.errors import UserError

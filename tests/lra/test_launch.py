@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+
 from lra import records
 from lra.errors import UserError
 from lra.launch import local, sweep

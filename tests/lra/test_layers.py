@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from models.layers import BatchNorm, FeedForward, ScaleNorm, make_norm
 from torch import nn
+
+from models.layers import BatchNorm, FeedForward, ScaleNorm, make_norm
 
 
 def test_batch_norm_over_real_tokens_ignores_padding():

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from lra.schedule import Schedule
 from lra.schema import TrainConfig
 

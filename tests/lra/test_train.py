@@ -8,6 +8,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+
 from lra import records, run
 from lra.config import compose
 from lra.data.prepare import prepare
@@ -190,16 +191,37 @@ def test_packed_and_padded_training_follow_the_same_curve(tiny, tmp_path):
     np.testing.assert_allclose(curves[0], curves[1], rtol=1e-4)
 
 
-def test_the_loss_falls_on_a_golden_curve(tiny, tmp_path):
-    """Seeded, so that a refactor which changes training shows; 1 % is far above rounding, far below a change."""
+def test_training_learns_more_than_the_majority(tiny, tmp_path):
     made = trainer(tiny("train.num_steps=150", "train.lr=1e-2", "train.log_every=50"), tmp_path / "run")
-    made.run()
+    found = made.run()
     losses = [line["loss"] for line in lines(tmp_path / "run") if "loss" in line]
     assert losses[-1] < losses[0] - 0.2
-    np.testing.assert_allclose(losses, GOLDEN, rtol=1e-2)
+    assert found["test_accuracy"] > found["majority_accuracy"] + 0.05
 
 
-GOLDEN = [2.3022, 1.9066, 1.8294]
+def test_twenty_steps_follow_the_golden_curve_of_listops(tiny, tmp_path):
+    """A refactor that changes training shows; 1e-3 is far above what rounding moves in 20 steps."""
+    made = trainer(tiny("train.lr=3e-3"), tmp_path / "run")
+    made.run()
+    losses = [line["loss"] for line in lines(tmp_path / "run") if "loss" in line]
+    np.testing.assert_allclose(losses, GOLDEN_LISTOPS, rtol=1e-3)
+
+
+def test_twenty_steps_follow_the_golden_curve_of_text(tiny, tmp_path):
+    for split, rows in (("train", 80), ("test", 40)):
+        texts = [f"{i} was a {('dull', 'fine')[i % 2]} film, {'really ' * (i % 7)}" for i in range(rows)]
+        body = "".join(f'"{text}",{i % 2}\n' for i, text in enumerate(texts))
+        (tmp_path / f"{split}.csv").write_text("text,label\n" + body)
+    settings = [*tiny("task=text", "length=48", f"task.source={tmp_path}", "train.lr=3e-3")]
+    settings = [s for s in settings if not s.startswith(("task.num", "task=listops", "length=32"))]
+    made = trainer(settings, tmp_path / "run")
+    made.run()
+    losses = [line["loss"] for line in lines(tmp_path / "run") if "loss" in line]
+    np.testing.assert_allclose(losses, GOLDEN_TEXT, rtol=1e-3)
+
+
+GOLDEN_LISTOPS = [2.375670, 2.281088, 2.222951, 2.298250]
+GOLDEN_TEXT = [0.720595, 0.653941, 0.566855, 0.501431]
 
 
 @pytest.mark.parametrize(("option", "value"), [("norm_stats", "all"), ("pool", "mean_all")])

@@ -112,7 +112,8 @@ def test_configurations_of_one_mechanism_are_labelled_by_what_differs(tmp_path):
 def test_own_parameters_and_deviations_of_a_single_configuration_are_noted(tmp_path):
     write_run(tmp_path, "nystrom", 0, 0.3, extra={"own": {"num_landmarks": 32}}, deviations=["train.lr=0.1"])
     (table,) = tables.build(records.load(tmp_path))
-    assert table.rows[0]["note"] == "1 seed: no verdict; num_landmarks=32; deviates: train.lr=0.1"
+    assert table.rows[0]["note"] == "1 seed: no verdict; num_landmarks=32"
+    assert "all rows deviate from the paper: train.lr=0.1" in table.footnotes
 
 
 def test_failed_cells_keep_their_row_with_counts_and_reasons(frame):
