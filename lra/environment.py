@@ -81,7 +81,7 @@ def synchronize(device: torch.device) -> None:
 def git_revision() -> str | None:
     """The commit of the tree lra runs from, with "-dirty" if it was changed.
 
-    Outside a clone it is what LRA_GIT_REVISION says (a job that runs on a copy of the tree sets it), else None.
+    Outside a clone it is what LRA_GIT_REVISION says (set it for a job on a copy of the tree), else None.
     """
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():

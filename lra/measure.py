@@ -99,7 +99,7 @@ def _measure(config: RunConfig, mode: str, device: torch.device) -> dict[str, An
     environment.seed_everything(config.seed)
     continuous = config.task.input == "continuous"
     model = build_model(config, vocab_size=None if continuous else config.task.vocab_size).to(device)
-    step_mode, _ = choose_mode(config.train, device)
+    step_mode, _ = choose_mode(config.train)
     step = Step(model, config.train, device, step_mode)
     batch = made_up_batch(config, device)
 

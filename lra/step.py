@@ -16,18 +16,16 @@ from lra.schema import TrainConfig
 log = logging.getLogger(__name__)
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-COMPILE_PAYS_FROM = 20_000  # steps: compiling costs one to three minutes for all batch sizes of a run
 
 
-def choose_mode(config: TrainConfig, device: torch.device) -> tuple[str, str]:
-    """The step mode and why: what the config names, else eager unless a long run on a GPU pays for
-    compiling.
-    """
+def choose_mode(config: TrainConfig) -> tuple[str, str]:
+    """The step mode and why it was chosen."""
     if config.step_mode != "auto":
         return config.step_mode, "as asked"
-    if device.type == "cuda" and config.num_steps >= COMPILE_PAYS_FROM:
-        return "compiled", f"{config.num_steps} steps on a GPU pay for compiling"
-    return "eager", f"{config.num_steps} steps on {device.type} do not pay for compiling"
+    return (
+        "eager",
+        "compiling takes minutes that not every run pays back: train.step_mode=compiled asks for it",
+    )
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:

@@ -75,7 +75,7 @@ class Trainer:
         environment.seed_everything(config.seed)
         tokens = config.task.input == "tokens"
         self.model = build_model(config, vocab_size=store.vocab_size if tokens else None).to(self.device)
-        self.mode, why = choose_mode(train, self.device)
+        self.mode, why = choose_mode(train)
         log.info("step: %s (%s); layout: %s; device: %s", self.mode, why, self.layout, self.device)
         self.step = Step(self.model, train, self.device, self.mode)
         self.schedule = Schedule(train)

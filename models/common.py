@@ -286,7 +286,7 @@ class Segments:
     @staticmethod
     def of(cu_seqlens: Tensor, num_rows: int) -> "Segments":
         row = torch.arange(num_rows, device=cu_seqlens.device)
-        segment = torch.searchsorted(cu_seqlens[1:].contiguous(), row.to(cu_seqlens.dtype), right=True)
+        segment = torch.searchsorted(cu_seqlens, row.to(cu_seqlens.dtype), right=True) - 1
         start = cu_seqlens.long()[segment]  # filler rows find the total: they count on from it
         return Segments(segment=segment, position=row - start, real=row < cu_seqlens[-1])
 
@@ -363,7 +363,7 @@ class Chunks:
             ((cu_seqlens.diff() + size - 1) // size).cumsum(0), (1, 0)
         )  # [b+1] chunks before sequence i
         index = torch.arange(num_chunks, device=cu_seqlens.device)
-        owner = torch.searchsorted(ends[1:].contiguous(), index, right=True)
+        owner = torch.searchsorted(ends, index, right=True) - 1
         segment = owner.clamp(max=batch_size - 1)
         start = cu_seqlens[segment] + (index - ends[segment]) * size
         row = start[:, None] + torch.arange(size, device=cu_seqlens.device)

@@ -51,11 +51,13 @@ def softmax_varlen(
 
     The operator behind `torch.nn.attention.varlen`, called directly because that wrapper has no dropout.
     """
-    cu_seqlens = cu_seqlens.to(torch.int32)
+    real = (torch.arange(q.shape[0], device=q.device) < cu_seqlens[-1])[:, None, None]
+    q, k, v = (torch.where(real, x, 0) for x in (q, k, v))  # the kernel leaves filler rows unwritten, also in
+    cu_seqlens = cu_seqlens.to(torch.int32)  # its gradients: neither may reach a product with a weight
     out, *_ = torch.ops.aten._flash_attention_forward(
         q, k, v, cu_seqlens, cu_seqlens, max_len, max_len, dropout, False, False
     )
-    return out
+    return torch.where(real, out, 0)
 
 
 def softmax_by_sequence(

@@ -186,3 +186,24 @@ def test_a_mechanism_gets_the_backbone_settings_its_constructor_names():
 def test_heads_that_do_not_divide_the_width_are_refused():
     with pytest.raises(UserError, match="equal heads"):
         make(d_model=16, num_heads=3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["softmax", "linear", "performer", "local", "luna", "global_mean"])
+def test_filler_rows_reach_neither_outputs_nor_gradients_in_half_precision(name, dtype):
+    """The variable-length kernel leaves rows it was not given unwritten; memory is poisoned to show it."""
+    poison = torch.full((1 << 24,), float("nan"), device="cuda")
+    del poison
+    ids, layout = packed_batch()
+    gradients = []
+    for rows in (len(ids) - FILLER, len(ids)):
+        model = make(name).float().cuda().train()
+        on_card = Packed(layout.cu_seqlens.cuda(), rows, LENGTH)
+        with torch.autocast("cuda", dtype=dtype):
+            model(ids[:rows].cuda(), on_card).float().square().sum().backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters()})
+    for n, gradient in gradients[0].items():
+        assert torch.isfinite(gradients[1][n]).all(), n
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(gradient, gradients[1][n], rtol=0, atol=2e-2 * scale + 1e-6, msg=n)
