@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from models.common import Block, Mixer, PadIndex, full_precision
+from models.common import Block, Chunks, Mixer, full_precision
 
 # s sequences (batch rows x documents), l padded length, t packed rows, d width
 
@@ -82,8 +82,9 @@ class Packed:
         return self.cu_seqlens.shape[0] - 1
 
     @cached_property
-    def index(self) -> PadIndex:
-        return PadIndex.of(self.cu_seqlens, self.num_rows, self.length)
+    def index(self) -> Chunks:
+        """One chunk a sequence: the padded batch."""
+        return Chunks.of(self.cu_seqlens, self.num_rows, size=self.length, max_len=self.length)
 
     @property
     def real(self) -> Tensor | None:
@@ -99,10 +100,10 @@ class Packed:
     def pad(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.full:
             return x.unflatten(0, (self.num_sequences, self.length)), None
-        return self.index.pad(x), self.index.mask
+        return self.index.lay_out(x), self.index.inside
 
     def unpad(self, x: Tensor) -> Tensor:
-        return x.flatten(0, 1) if self.full else self.index.unpad(x)
+        return x.flatten(0, 1) if self.full else self.index.take_back(x)
 
     def mix(self, mixer: Mixer, x: Tensor) -> Tensor:
         if mixer.traits.packed and not self.full:

@@ -291,106 +291,80 @@ class Segments:
         return Segments(segment=segment, position=row - start, real=row < cu_seqlens[-1])
 
 
-@dataclass(frozen=True)
-class PadIndex:
-    """The way from packed rows to a padded batch and back, worked out once for all layers of a model.
-
-    where: the rows' segments; slot: [t] each row's place in the flattened padded batch, one past its end for
-    filler rows; mask: [b max_len] bool, True at real positions.
-    """
-
-    where: Segments
-    slot: Tensor
-    mask: Tensor
-
-    @staticmethod
-    def of(cu_seqlens: Tensor, num_rows: int, max_len: int) -> "PadIndex":
-        where = Segments.of(cu_seqlens, num_rows)
-        mask = torch.arange(max_len, device=cu_seqlens.device) < cu_seqlens.diff()[:, None]
-        slot = torch.where(where.real, where.segment * max_len + where.position, mask.numel())
-        return PadIndex(where, slot, mask)
-
-    def pad(self, x: Tensor) -> Tensor:
-        """x [t ...] -> [b max_len ...], zeros at padding."""
-        flat = x.new_zeros(self.mask.numel() + 1, *x.shape[1:])
-        flat = flat.index_copy(0, self.slot, x * _rows(self.where.real, x))
-        return flat[:-1].unflatten(0, self.mask.shape)
-
-    def unpad(self, padded: Tensor) -> Tensor:
-        """[b max_len ...] -> [t ...], zeros at filler rows."""
-        rows = padded.flatten(0, 1).index_select(0, self.slot.clamp(max=self.mask.numel() - 1))
-        return rows * _rows(self.where.real, rows)
-
-
-def pad_packed(x: Tensor, cu_seqlens: Tensor, max_len: int) -> tuple[Tensor, Tensor]:
-    """x [t ...] -> ([b max_len ...] with zeros at padding, mask [b max_len] bool)."""
-    index = PadIndex.of(cu_seqlens, x.shape[0], max_len)
-    return index.pad(x), index.mask
-
-
-def unpad_packed(padded: Tensor, cu_seqlens: Tensor, num_rows: int) -> Tensor:
-    """The inverse of `pad_packed`: [b max_len ...] -> [t ...], zeros at filler rows."""
-    return PadIndex.of(cu_seqlens, num_rows, padded.shape[1]).unpad(padded)
-
-
 CHUNK = 64  # rows
 
 
 @dataclass(frozen=True)
 class Chunks:
-    """Packed rows laid out in chunks of a fixed size, none of which holds rows of two sequences.
+    """Packed rows laid out in chunks of one size, none of which holds rows of two sequences.
 
-    row: [n c] the packed row in each place, inside: [n c] bool, whether the place is used, owner: [n] the
-    chunk's sequence (b for spare chunks), slot: [t] the place of each row in the flattened chunks. At most t
-    / c + b chunks are needed (b if one holds any sequence), so their number is known without reading
-    `cu_seqlens`.
+    where: the segments of the rows; owner: [n] each chunk's sequence, b for spare chunks; slot: [t] the place
+    of each row in the flattened chunks, past their end for filler rows; inside: [n c] bool, True if used.
+    Places are written and read by row, never gathered from repeated rows, whose gradient would need a sort.
     """
 
-    row: Tensor
-    inside: Tensor
+    where: Segments
     owner: Tensor
     slot: Tensor
-    real: Tensor
+    inside: Tensor
 
     @staticmethod
     def of(cu_seqlens: Tensor, num_rows: int, *, size: int = CHUNK, max_len: int | None = None) -> "Chunks":
-        """`max_len`, if known, tells that one chunk a sequence is enough when `size` is at least that."""
+        """At most t / size + b chunks are needed, so their number is known without reading `cu_seqlens`.
+
+        `max_len`, if known, tells that one chunk a sequence is enough when `size` is at least that.
+        """
         batch_size = cu_seqlens.shape[0] - 1
-        cu_seqlens = cu_seqlens.long()
-        one_each = max_len is not None and size >= max_len
-        num_chunks = batch_size + (0 if one_each else -(-num_rows // size))
-        ends = F.pad(
-            ((cu_seqlens.diff() + size - 1) // size).cumsum(0), (1, 0)
-        )  # [b+1] chunks before sequence i
-        index = torch.arange(num_chunks, device=cu_seqlens.device)
-        owner = torch.searchsorted(ends, index, right=True) - 1
-        segment = owner.clamp(max=batch_size - 1)
-        start = cu_seqlens[segment] + (index - ends[segment]) * size
-        row = start[:, None] + torch.arange(size, device=cu_seqlens.device)
-        inside = (row < cu_seqlens[segment + 1][:, None]) & (owner < batch_size)[:, None]
         where = Segments.of(cu_seqlens, num_rows)
-        slot = ends[where.segment.clamp(max=batch_size - 1)] * size + where.position
-        return Chunks(
-            row.clamp(0, num_rows - 1), inside, owner, slot.clamp(max=num_chunks * size - 1), where.real
-        )
+        if max_len is not None and size >= max_len:
+            num_chunks, owner = batch_size, torch.arange(batch_size, device=cu_seqlens.device)
+            first_chunk = where.segment
+        else:
+            num_chunks = batch_size - (-num_rows // size)
+            needed = (cu_seqlens.long().diff() + size - 1) // size
+            ends = F.pad(needed.cumsum(0), (1, 0))  # [b+1] chunks before sequence i
+            owner = torch.searchsorted(ends, torch.arange(num_chunks, device=ends.device), right=True) - 1
+            first_chunk = ends[where.segment]
+        places = num_chunks * size
+        slot = torch.where(where.real, first_chunk * size + where.position, places)
+        inside = torch.zeros(places + 1, dtype=torch.bool, device=slot.device).index_fill(0, slot, True)
+        return Chunks(where, owner, slot, inside[:-1].unflatten(0, (num_chunks, size)))
 
     def lay_out(self, x: Tensor) -> Tensor:
         """x [t ...] -> [n c ...], zeros at unused places."""
-        places = x[self.row]
-        return places * self.inside.view(*self.inside.shape, *[1] * (x.dim() - 1)).to(x.dtype)
+        flat = x.new_zeros(self.inside.numel() + 1, *x.shape[1:])
+        flat = flat.index_copy(0, self.slot, x * _rows(self.where.real, x))
+        return flat[:-1].unflatten(0, self.inside.shape)
 
     def take_back(self, places: Tensor) -> Tensor:
         """[n c ...] -> [t ...], zeros at filler rows."""
-        rows = places.flatten(0, 1).index_select(0, self.slot)
-        return rows * _rows(self.real, rows)
+        rows = places.flatten(0, 1).index_select(0, self.slot.clamp(max=self.inside.numel() - 1))
+        return rows * _rows(self.where.real, rows)
 
     def sum_by_sequence(self, partial: Tensor, batch_size: int) -> Tensor:
-        """One value per chunk [n ...] -> one per sequence [b ...]; a product, so it is deterministic on a
-        GPU.
-        """
+        """One value per chunk [n ...] -> one per sequence [b ...], by a product: deterministic on a GPU."""
+        return (self._membership(batch_size, partial) @ partial.flatten(1)).unflatten(1, partial.shape[1:])
+
+    def spread(self, per_sequence: Tensor) -> Tensor:
+        """One value per sequence [b ...] -> one per chunk [n ...], zeros at spare chunks; the inverse product."""
+        membership = self._membership(per_sequence.shape[0], per_sequence)
+        return (membership.T @ per_sequence.flatten(1)).unflatten(1, per_sequence.shape[1:])
+
+    def _membership(self, batch_size: int, like: Tensor) -> Tensor:
         sequence = torch.arange(batch_size, device=self.owner.device)
-        membership = (self.owner == sequence[:, None]).to(partial.dtype)  # [b n]
-        return (membership @ partial.flatten(1)).unflatten(1, partial.shape[1:])
+        return (self.owner == sequence[:, None]).to(like.dtype)  # [b n]
+
+
+def pad_packed(x: Tensor, cu_seqlens: Tensor, max_len: int) -> tuple[Tensor, Tensor]:
+    """x [t ...] -> ([b max_len ...] with zeros at padding, mask [b max_len] bool)."""
+    chunks = Chunks.of(cu_seqlens, x.shape[0], size=max_len, max_len=max_len)
+    return chunks.lay_out(x), chunks.inside
+
+
+def unpad_packed(padded: Tensor, cu_seqlens: Tensor, num_rows: int) -> Tensor:
+    """The inverse of `pad_packed`: [b max_len ...] -> [t ...], zeros at filler rows."""
+    max_len = padded.shape[1]
+    return Chunks.of(cu_seqlens, num_rows, size=max_len, max_len=max_len).take_back(padded)
 
 
 def segment_attention(
@@ -407,7 +381,7 @@ def segment_attention(
     q, k, v = (chunks.lay_out(x) for x in (q, k, v))  # [n c h d]
     with full_precision(v):
         state = chunks.sum_by_sequence(torch.einsum("nchd,nche->nhde", k, v), batch_size)  # [b h d e+1]
-        mixed = torch.einsum("nchd,nhde->nche", q, state[chunks.owner.clamp(max=batch_size - 1)])
+        mixed = torch.einsum("nchd,nhde->nche", q, chunks.spread(state))
         mixed = mixed[..., :-1] / mixed[..., -1:].clamp_min(eps)
     return chunks.take_back(mixed)
 
