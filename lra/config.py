@@ -84,7 +84,7 @@ class RunConfig:
         model = {"name": self.model.name, **semantic(self.model.backbone)}
         model |= {k: v for k, v in self.model.own.items() if k not in own or own[k] != v}
         if self.model.target:
-            model["target"] = self.model.target
+            model |= {"target": self.model.target, "source": registry.source_hash(self.model)}
         return {
             "task": {"name": self.task.name, **semantic(self.task)},
             "model": model,
@@ -101,7 +101,7 @@ class RunConfig:
         return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
     def run_id(self, data_hash: str) -> str:
-        return f"{self.task.name}-{self.model.name}-{self.length}-s{self.seed}-{self.config_hash(data_hash)}"
+        return f"{self.task.name}-{self.model.label}-{self.length}-s{self.seed}-{self.config_hash(data_hash)}"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for config.yaml."""

@@ -63,12 +63,14 @@ def seed_everything(seed: int) -> None:
 
 
 def set_precision(precision: str, *, deterministic: bool) -> None:
-    """Process-wide switches: tf32 products only where the run asks for them; deterministic kernels if
-    asked.
+    """Process-wide switches: tf32 products only where the run asks for them, deterministic kernels if asked.
+
+    In bf16 and fp16 what a mechanism computes in float32 is float32 in full.
     """
-    tf32 = precision != "fp32"
-    torch.backends.cuda.matmul.allow_tf32 = tf32
-    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product runs
     torch.use_deterministic_algorithms(deterministic)
 
 

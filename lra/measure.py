@@ -197,10 +197,10 @@ def _describe(config: RunConfig, mode: str, device: torch.device) -> Record:
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
     return Record(
         kind="measure",
-        run_id=f"measure-{config.model.name}-{config.length}-{mode}-{digest}",
+        run_id=f"measure-{config.model.label}-{config.length}-{mode}-{digest}",
         status="failed",
         task=config.task.name,
-        model=config.model.name,
+        model=config.model.label,
         paper=None if config.paper.name == "none" else config.paper.name,
         recipe_version=config.paper.version or None,
         deviations=list(config.deviations),

@@ -6,8 +6,10 @@ makes `import models` find it wherever lra is run; one that was imported before 
 
 import copy
 import dataclasses
+import hashlib
 import importlib
 import importlib.util
+import inspect
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -61,7 +63,9 @@ def load_target(target: str) -> type:
         raise UserError(f"target '{target}' is not of the form pkg.mod:Class (or file.py:Class)")
     try:
         module = _load_file(Path(path)) if path.endswith(".py") else _import_with_cwd(path)
-    except ImportError as error:
+    except UserError:
+        raise
+    except Exception as error:  # whatever the user's own code raises while it is imported
         raise UserError(
             f"cannot import '{path}' of target '{target}': {error}; run lra where it can be imported"
         ) from error
@@ -84,10 +88,26 @@ def _import_with_cwd(name: str) -> ModuleType:
 def _load_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise UserError(f"target file {path} does not exist")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    known = sys.modules.get(path.stem)
+    if known is not None:
+        if getattr(known, "__file__", None) == str(path.resolve()):
+            return known
+        raise UserError(f"target file {path} has the name of a module that is imported already; rename it")
+    spec = importlib.util.spec_from_file_location(path.stem, path.resolve())
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.modules[path.stem] = module  # where pickling and torch.compile look a class up
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[path.stem]
+        raise
     return module
+
+
+def source_hash(model) -> str:
+    """12 hex digits of the file that a mechanism's class stands in: an edited mechanism is another one."""
+    path = inspect.getsourcefile(get(model.name, model.target))
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
 
 
 def build(model, place):

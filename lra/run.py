@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import logging
 import time
 import traceback
@@ -105,7 +106,7 @@ def describe(config: RunConfig, store: Store) -> Record:
         run_id=config.run_id(data_hash),
         status="failed",
         task=config.task.name,
-        model=config.model.name,
+        model=config.model.label,
         paper=None if config.paper.name == "none" else config.paper.name,
         recipe_version=config.paper.version or None,
         deviations=list(config.deviations),
@@ -162,6 +163,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def release_memory() -> None:
     """Gives the last run's memory back before the next one of the same process starts."""
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

@@ -73,6 +73,11 @@ class ModelConfig:
     own: dict[str, Any] = field(default_factory=dict)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
 
+    @property
+    def label(self) -> str:
+        """What tables and run folders call it: the class of a mechanism from outside, else the name."""
+        return self.target.rpartition(":")[2] if self.target else self.name
+
 
 @dataclass(frozen=True)
 class TrainConfig:

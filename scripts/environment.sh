@@ -25,7 +25,7 @@ set_up() {
   fi
   if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "== installing lra${extras:+[$extras]} and what it needs (PyTorch is the large part)"
-    "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+    "$root/.venv/bin/python" -m pip install --quiet --quiet --disable-pip-version-check \
       --constraint "$root/scripts/constraints-cpu.txt" --editable "$root${extras:+[$extras]}" || return 2
     echo "$wanted" >"$stamp"
   fi

@@ -181,6 +181,12 @@ def _draw_panel(axes: "Axes", panel: _Panel, looks: dict[str, Style], scale: flo
     axes.set_xscale("log")
     axes.grid(True, which="major", color="#E8E8E8", linewidth=0.7)
     axes.set_axisbelow(True)
+    speeds = [math.log10(point.speed) for point in panel.points]
+    span = max(0.6, 1.34 * (max(speeds) - min(speeds)))  # room for names at both ends
+    middle = (max(speeds) + min(speeds)) / 2
+    # Before the points: from a single one matplotlib takes limits a rounding error apart, and divides by 0.
+    axes.set_xlim(10 ** (middle - span / 2), 10 ** (middle + span / 2))
+    axes.set_ylim(*_range(panel))
     for point in sorted(panel.points, key=lambda p: -(p.memory or 0)):  # small markers on top of large ones
         style = looks[point.row.mechanism]
         face = to_rgba(style.colour, 0.45) if point.memory else "white"  # what lies below shows through
@@ -193,12 +199,6 @@ def _draw_panel(axes: "Axes", panel: _Panel, looks: dict[str, Style], scale: flo
         axes.errorbar(
             point.speed, point.accuracy, arms, color=style.colour, elinewidth=1, capsize=2.5, zorder=layer
         )
-    speeds = [math.log10(point.speed) for point in panel.points]
-    span = max(0.6, 1.34 * (max(speeds) - min(speeds)))  # room for names at both ends
-    middle = (max(speeds) + min(speeds)) / 2
-    axes.set_xlim(10 ** (middle - span / 2), 10 ** (middle + span / 2))
-    low, high = _range(panel)
-    axes.set_ylim(low, high)
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if span < 2.2 else (1.0,)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
     axes.xaxis.set_minor_formatter(NullFormatter())

@@ -1,24 +1,31 @@
 """One colour and one marker per mechanism, the same in every figure.
 
-Eight colours by eight markers give 64 looks. The colours are those of Okabe and Ito, which readers with any
-of the common colour deficiencies can tell apart, with grey in place of yellow, which vanishes on white.
-Shape repeats what colour says, so that a figure also survives a black-and-white printer.
+Ten colours by eight markers give 80 looks. Seven colours are those of Okabe and Ito, without the yellow that
+vanishes on white; wine and indigo are Tol's, and a grey goes with them. Readers with any of the common colour
+deficiencies can tell all ten apart. Shape repeats what colour says, so that a figure also survives a
+black-and-white printer.
 """
 
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#7F7F7F")
+COLOURS = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9",
+    "#E69F00", "#882255", "#332288", "#000000", "#707070",
+)  # fmt: skip
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
 
-# A name's place decides its look: append, never insert.
+# A name's place decides its look: append, never insert. Ten names in a row, two lines here, differ in colour.
 KNOWN = (
-    "softmax", "linear", "nystrom", "performer", "linformer", "luna", "identity", "global_mean",
-    "local", "reformer", "bigbird", "fnet", "longformer", "synthesizer", "sinkhorn", "sparse",
-    "mega", "mega_chunk", "s4", "s4d", "s5", "lru", "skyformer", "kernelized",
-    "cosformer", "informer", "rfa", "hyena", "sgconv", "retnet", "gla", "mamba",
-    "h_transformer", "transformer_ls", "yoso", "star", "routing", "external", "taylor", "deltanet",
+    "softmax", "linear", "nystrom", "performer", "linformer",
+    "luna", "local", "fnet", "identity", "global_mean",
+    "reformer", "bigbird", "longformer", "synthesizer", "sinkhorn",
+    "sparse", "mega", "mega_chunk", "s4", "s4d",
+    "s5", "lru", "skyformer", "kernelized", "cosformer",
+    "informer", "rfa", "hyena", "sgconv", "retnet",
+    "gla", "mamba", "h_transformer", "transformer_ls", "yoso",
+    "star", "routing", "external", "taylor", "deltanet",
 )  # fmt: skip
 
 
@@ -32,7 +39,7 @@ def styles(names: Iterable[str]) -> dict[str, Style]:
     """The look of each name; names that are not known get one of the free looks by the hash of the name.
 
     Two unknown names whose hashes meet are told apart in alphabetical order, so the answer depends on the
-    set of names and not on their order. Past 64 names, looks repeat.
+    set of names and not on their order. Past 80 names, looks repeat.
     """
     names = set(names)
     places = {name: KNOWN.index(name) for name in names if name in KNOWN}

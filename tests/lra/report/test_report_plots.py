@@ -1,12 +1,13 @@
 """The figure: it exists, is refused with a reason, and its names neither collide nor leave the panel."""
 
 import itertools
+import warnings
 
 import numpy as np
 import pytest
 from report_samples import write_failure, write_run
 
-from lra import records
+from lra import records, registry
 from lra.errors import UserError
 from lra.report import plots, style
 from lra.report.labels import Box, Spot, place_labels
@@ -48,6 +49,19 @@ def test_one_point_without_memory_is_drawn(tmp_path):
     assert plots.accuracy_speed(records.load(tmp_path / "runs"), tmp_path / "one.png")
 
 
+def test_the_first_point_of_a_panel_does_not_make_an_axis_without_width(tmp_path):
+    for length in (32, 64):
+        write_run(
+            tmp_path, "softmax", 0, 0.3, length=length, tokens_per_s=73564.2, peak_mem_mib=60, kept=False
+        )
+        write_run(
+            tmp_path, "linear", 0, 0.3, length=length, tokens_per_s=220692.6, peak_mem_mib=60, kept=False
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        plots.accuracy_speed(records.load(tmp_path), tmp_path / "two.svg")
+
+
 def test_nothing_to_draw_is_an_error_that_says_what_is_needed(tmp_path):
     write_run(tmp_path / "runs", "linear", 0, 0.3, kept=False)
     write_failure(tmp_path / "runs", "reformer", 0, "failed", "boom")
@@ -83,3 +97,31 @@ def test_looks_are_fixed_and_sixty_names_differ():
         assert len(set(looks.values())) == 60
         assert style.styles(reversed(names)) == looks
     assert len(set(style.KNOWN)) == len(style.KNOWN)
+
+
+def test_every_built_mechanism_has_a_colour_of_its_own():
+    looks = style.styles(registry.names())
+    assert set(looks) <= set(style.KNOWN)
+    first = looks.keys() & set(style.KNOWN[: len(style.COLOURS)])
+    assert len({looks[name].colour for name in first}) == len(first) == 10
+
+
+# Linear RGB as seen without one kind of cone: Machado, Oliveira and Fernandes 2009, severity 1.
+VISION = {
+    "all cones": np.eye(3),
+    "protanopia": [[0.1523, 1.0526, -0.2049], [0.1145, 0.7863, 0.0992], [-0.0039, -0.0481, 1.0520]],
+    "deuteranopia": [[0.3673, 0.8606, -0.2280], [0.2801, 0.6725, 0.0474], [-0.0118, 0.0429, 0.9689]],
+    "tritanopia": [[1.2555, -0.0767, -0.1788], [-0.0784, 0.9308, 0.1476], [0.0047, 0.6914, 0.3039]],
+}
+
+
+@pytest.mark.parametrize("vision", VISION)
+def test_no_two_colours_look_alike_to_colour_blind_readers(vision):
+    """CIELAB distances, of which about 2 is the least that can be seen side by side."""
+    srgb = np.array([[int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c in style.COLOURS])
+    linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+    seen = np.clip(linear @ np.transpose(VISION[vision]), 0, 1)
+    to_xyz = np.array([[0.4125, 0.3576, 0.1804], [0.2127, 0.7152, 0.0722], [0.0193, 0.1192, 0.9503]])
+    x, y, z = np.cbrt(seen @ (to_xyz / to_xyz.sum(axis=1, keepdims=True)).T).T
+    lab = np.stack([116 * y, 500 * (x - y), 200 * (y - z)], axis=1)
+    assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(lab, 2)) > 12
