@@ -80,9 +80,7 @@ class RunConfig:
         """The semantic settings that differ from the defaults: what two runs must share to be the same
         run.
         """
-        own = registry.own_defaults(self.model)
-        model = {"name": self.model.name, **semantic(self.model.backbone)}
-        model |= {k: v for k, v in self.model.own.items() if k not in own or own[k] != v}
+        model = {"name": self.model.name, **semantic(self.model.backbone), **registry.changed(self.model)}
         if self.model.target:
             model |= {"target": self.model.target, "source": registry.source_hash(self.model)}
         return {

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lra import cost, environment, records
+from lra import cost, environment, records, registry
 from lra.config import RunConfig, compose, expand
 from lra.data.batch import Batch
 from lra.errors import UserError, unknown
 from lra.layout import Packed, Padded
 from lra.records import Record
-from lra.run import is_out_of_memory, make_folder, release_memory
+from lra.run import conditions, is_out_of_memory, make_folder, release_memory
 from lra.step import Step, choose_mode
 from lra.train import build_model, choose_layout
 
@@ -136,7 +136,7 @@ def _measure(config: RunConfig, mode: str, device: torch.device) -> dict[str, An
         "num_steps": len(times),
     }
     spread = np.percentile(times, [25, 75]) * 1e3
-    extra = {"mode": mode, "own": config.model.own, "step_ms_quartiles": spread.tolist()}
+    extra = {"mode": mode, "own": registry.changed(config.model), "step_ms_quartiles": spread.tolist()}
     trial = cost.Trial(step)
     if device.type == "cuda":
         data_bytes = batch.inputs.numel() * batch.inputs.element_size()
@@ -192,32 +192,17 @@ def made_up_batch(config: RunConfig, device: torch.device) -> Batch:
 
 
 def _describe(config: RunConfig, mode: str, device: torch.device) -> Record:
-    name, backbone = environment.device_name(device), config.model.backbone
+    name = environment.device_name(device)
     what = [config.identity(), mode, name, torch.__version__]
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
     return Record(
         kind="measure",
         run_id=f"measure-{config.model.label}-{config.length}-{mode}-{digest}",
         status="failed",
-        task=config.task.name,
-        model=config.model.label,
-        paper=None if config.paper.name == "none" else config.paper.name,
-        recipe_version=config.paper.version or None,
-        deviations=list(config.deviations),
-        length=config.length,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        d_model=backbone.d_model,
-        num_layers=backbone.num_layers,
         device=name,
-        num_devices=1,
-        host=environment.host(),
-        precision=config.train.precision,
         layout=choose_layout(config),
-        torch=torch.__version__,
-        versions=environment.versions(),
-        git_revision=environment.git_revision(),
         command=environment.command(),
         config_hash=digest,
-        extra={"mode": mode, "own": config.model.own},
+        extra={"mode": mode, "own": registry.changed(config.model)},
+        **conditions(config),
     )

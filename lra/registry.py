@@ -159,6 +159,11 @@ def own_names(name: str, target: str | None = None) -> list[str]:
     return [f.name for f in dataclasses.fields(own_schema(name, target))]
 
 
-def own_defaults(model) -> dict[str, Any]:
-    """The defaults of the mechanism's own parameters, by name."""
-    return {f.name: f.default for f in dataclasses.fields(own_schema(model.name, model.target))}
+def changed(model) -> dict[str, Any]:
+    """The mechanism's own parameters that differ from their defaults, by name."""
+    schema = own_schema(model.name, model.target)
+    defaults = {
+        f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        for f in dataclasses.fields(schema)
+    }
+    return {name: value for name, value in model.own.items() if value != defaults[name]}

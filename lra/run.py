@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import yaml
 
-from lra import environment, records
+from lra import environment, records, registry
 from lra.config import RunConfig, compose
 from lra.data.prepare import prepare
 from lra.data.store import Store
@@ -99,35 +99,41 @@ def train(record: Record, config: RunConfig, store: Store, folder: Path, progres
 
 def describe(config: RunConfig, store: Store) -> Record:
     """A record of what is known before the run starts."""
-    backbone, data_hash = config.model.backbone, store.data_hash
-    own_defaults = config.identity()["model"]
     return Record(
         kind="train",
-        run_id=config.run_id(data_hash),
+        run_id=config.run_id(store.data_hash),
         status="failed",
-        task=config.task.name,
-        model=config.model.label,
-        paper=None if config.paper.name == "none" else config.paper.name,
-        recipe_version=config.paper.version or None,
-        deviations=list(config.deviations),
-        length=config.length,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        d_model=backbone.d_model,
-        num_layers=backbone.num_layers,
         selection=config.train.selection,
-        num_devices=1,
-        host=environment.host(),
-        precision=config.train.precision,
-        torch=torch.__version__,
-        versions=environment.versions(),
-        git_revision=environment.git_revision(),
-        config_hash=config.config_hash(data_hash),
-        data_hash=data_hash,
+        config_hash=config.config_hash(store.data_hash),
+        data_hash=store.data_hash,
         data_origin=store.data_origin,
         data_variant=store.data_variant,
-        extra={"own": {k: v for k, v in config.model.own.items() if k in own_defaults}},
+        extra={"own": registry.changed(config.model)},
+        **conditions(config),
     )
+
+
+def conditions(config: RunConfig) -> dict[str, Any]:
+    """What the config and the environment say of a record, trained or measured."""
+    backbone, paper = config.model.backbone, config.paper
+    return {
+        "task": config.task.name,
+        "model": config.model.label,
+        "paper": None if paper.name == "none" else paper.name,
+        "recipe_version": paper.version or None,
+        "deviations": list(config.deviations),
+        "length": config.length,
+        "seed": config.seed,
+        "batch_size": config.batch_size,
+        "d_model": backbone.d_model,
+        "num_layers": backbone.num_layers,
+        "num_devices": 1,
+        "host": environment.host(),
+        "precision": config.train.precision,
+        "torch": torch.__version__,
+        "versions": environment.versions(),
+        "git_revision": environment.git_revision(),
+    }
 
 
 def make_folder(folder: Path) -> None:

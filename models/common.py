@@ -346,7 +346,7 @@ class Chunks:
         return (self._membership(batch_size, partial) @ partial.flatten(1)).unflatten(1, partial.shape[1:])
 
     def spread(self, per_sequence: Tensor) -> Tensor:
-        """One value per sequence [b ...] -> one per chunk [n ...], zeros at spare ones; the inverse product."""
+        """One value per sequence [b ...] -> one per chunk [n ...], zeros at spares: the inverse product."""
         membership = self._membership(per_sequence.shape[0], per_sequence)
         return (membership.T @ per_sequence.flatten(1)).unflatten(1, per_sequence.shape[1:])
 
