@@ -6,9 +6,9 @@ source "$(dirname "$0")/environment.sh"
 set_up
 cd "$root"
 started=$(date +%s)
-figure=runs/quickstart/accuracy-speed.png
-table=runs/quickstart/table.md
 export LRA_RUNS=${LRA_RUNS:-runs/quickstart} LRA_DATA=${LRA_DATA:-data}
+figure=$LRA_RUNS/accuracy-speed.png
+table=$LRA_RUNS/table.md
 
 .venv/bin/lra data prepare listops length=32,64
 .venv/bin/lra train -m task=listops length=32,64 model=softmax,linear,luna,local,fnet,identity \

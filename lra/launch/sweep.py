@@ -30,6 +30,11 @@ def train(overrides: Sequence[str], *, multirun: bool = False, force: bool = Fal
     for config in configs:
         choose_layout(config)
         environment.pick_device(config.train.device)
+        if multirun and config.train.device.startswith("cuda:"):
+            raise UserError(
+                f"train.device={config.train.device} in a sweep, which gives every GPU its own process; "
+                "choose GPUs with CUDA_VISIBLE_DEVICES"
+            )
     labels = {"command": environment.command()}
     if multirun:
         labels["sweep"] = f"sweep-{time.strftime('%Y%m%d-%H%M%S')}"

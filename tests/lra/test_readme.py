@@ -1,0 +1,148 @@
+"""Every command the README shows is one that lra takes, and every file it names is there.
+
+Cheap commands run, on their own data and runs; those that train or measure for long are composed in full and
+stop there. A comment at the end of a line, as `# needs a GPU`, says what it needs beyond the quick start.
+"""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lra
+from lra import cli, config, environment, measure
+from lra.data.cli import resolve
+from lra.launch import sweep
+
+ROOT = Path(lra.__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+NEEDS = ("needs a GPU", "needs IMDb")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+LINES = [line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+COMMANDS = [line for line in LINES if line.startswith("lra ")]
+
+
+def words(line: str) -> list[str]:
+    """The arguments of a command line, without `lra` and the comment."""
+    return shlex.split(line, comments=True)[1:]
+
+
+def of(*verbs: str) -> list[str]:
+    return [line for line in COMMANDS if words(line)[0] in verbs]
+
+
+def is_marked(line: str) -> bool:
+    """Whether the line says that it needs what not everybody has."""
+    return "#" in line and line.partition("#")[2].strip() in NEEDS
+
+
+@pytest.fixture
+def readers_folder(tmp_path, monkeypatch):
+    """An empty folder, but for the files that the README tells its reader to write."""
+    folder = tmp_path / "reader"
+    folder.mkdir()
+    written = []
+    for block in blocks("python"):
+        if named := re.match(r"# (\w+)\.py\n", block):
+            written.append(named[1])
+            (folder / f"{named[1]}.py").write_text(block)
+    monkeypatch.chdir(folder)
+    yield folder
+    for name in written:
+        sys.modules.pop(name, None)
+
+
+def test_the_two_commands_to_start_with_are_there():
+    assert {"bash scripts/quickstart.sh", "bash scripts/test.sh"} <= set(LINES)
+
+
+def test_shell_blocks_are_shell_and_call_scripts_that_exist():
+    for block in blocks("bash"):
+        done = subprocess.run(["bash", "-n"], input=block, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    for line in LINES:
+        if line.startswith("bash "):
+            assert (ROOT / words(line)[0]).is_file(), line
+
+
+def test_every_comment_says_what_a_command_needs():
+    assert [line for line in COMMANDS if "#" in line and not is_marked(line)] == []
+
+
+def test_every_verb_is_shown_and_exists():
+    assert {words(line)[0] for line in COMMANDS} == set(cli.VERBS)
+
+
+@pytest.mark.parametrize("line", of("train"))
+def test_train_commands_compose(line, readers_folder, monkeypatch):
+    seen = []
+
+    def compose(overrides, *, multirun, force):
+        seen.extend(config.compose(one) for one in (config.expand(overrides) if multirun else [overrides]))
+        return []
+
+    monkeypatch.setattr(sweep, "train", compose)
+    monkeypatch.setattr(cli, "_print_table", lambda records: None)
+    assert cli.main(words(line)) == 0
+    assert seen or "--config" in line
+
+
+@pytest.mark.parametrize("line", of("measure"))
+def test_measure_commands_compose(line, readers_folder, monkeypatch):
+    seen = []
+
+    def compose(overrides, **options):
+        seen.extend(measure.cells(overrides))
+        return []
+
+    if is_marked(line):
+        monkeypatch.setattr(environment, "pick_device", lambda name: torch.device("cpu"))
+    monkeypatch.setattr(measure, "measure", compose)
+    monkeypatch.setattr(cli, "_print_table", lambda records, folder: None)
+    assert cli.main(words(line)) == 0
+    assert seen
+
+
+def test_data_commands_run_one_after_the_other(readers_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("LRA_DATA", str(tmp_path / "data"))
+    for line in of("data"):
+        if is_marked(line):
+            assert resolve(words(line)[2], words(line)[3:])
+        else:
+            assert cli.main(words(line)) == 0, line
+
+
+def test_commands_that_read_records_run(readers_folder, tiny, capsys):
+    assert cli.main(["train", *tiny()]) == 0
+    for line in of("list", "table", "plot"):
+        capsys.readouterr()
+        assert cli.main(words(line)) == 0, line
+        assert capsys.readouterr().out.strip(), line
+
+
+@pytest.mark.parametrize("line", of("check-model"))
+def test_check_model_commands_pass_with_as_many_checks_as_said(line, readers_folder, capsys):
+    assert cli.main(words(line)) == 0, capsys.readouterr().out
+    (made,) = set(re.findall(r"(\d+) checks", capsys.readouterr().out))
+    assert set(re.findall(r"(\d+) checks", README)) <= {made}
+
+
+def test_links_lead_to_files():
+    links = re.findall(r"\]\(([^)\s]+)\)", README)
+    missing = [link for link in links if ":" not in link and not (ROOT / link.partition("#")[0]).exists()]
+    assert missing == []
+
+
+def test_paths_in_the_text_exist():
+    folders = "lra|models|conf|scripts|tests|results"
+    named = re.findall(rf"`((?:{folders})/[a-z0-9_./-]*)`", README)  # NAME stands for one of the reader's
+    assert [path for path in named if not (ROOT / path).exists()] == []
