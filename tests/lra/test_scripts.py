@@ -27,6 +27,7 @@ case "$1 $2" in
 esac
 """
 RECORDER = """#!{bash}
+[ "$1" = -c ] && exit 0  # the question whether its version is supported
 printf '%s\\t' "$@" >>"{calls}"; echo >>"{calls}"
 """
 
@@ -135,6 +136,27 @@ def test_nothing_is_installed_again_until_what_is_wanted_changes(checkout):
         file.write("# another dependency\n")
     assert checkout.source("set_up").returncode == 0
     assert len(checkout.calls()) == 1
+
+
+def test_the_environment_of_the_tests_serves_the_quick_start_too(checkout):
+    checkout.add_python(12)
+    for extra, calls in (("", 1), ("dev", 1), ("", 0), ("dev", 0)):
+        assert checkout.source(f"set_up {extra}").returncode == 0
+        assert len(checkout.calls()) == calls, extra
+
+
+def test_an_unsupported_python_that_is_named_is_refused(checkout, tmp_path):
+    checkout.add_python(12)
+    python = checkout.add_python(10, "mine", tmp_path / "own")
+    done = checkout.source("set_up", PYTHON=str(python))
+    assert done.returncode == 2 and str(python) in done.stderr
+
+
+def test_an_environment_of_an_unsupported_python_is_refused(checkout):
+    checkout.add_python(12)
+    write_program(checkout.root / ".venv" / "bin" / "python", f"#!{BASH}\n[ $1 = --version ]")
+    done = checkout.source("set_up")
+    assert done.returncode == 2 and "delete it" in done.stderr and not checkout.calls()
 
 
 def test_a_failed_installation_is_tried_again(checkout):
