@@ -42,7 +42,7 @@ class Embedding(nn.Module):
         elif config.positions == "sinusoidal":
             self.register_buffer("sinusoids", sinusoids(max_len, config.d_model), persistent=False)
         self.cls = nn.Parameter(torch.zeros(config.d_model)) if config.pool == "cls" else None
-        self.cls_first = config.cls_layer == 0
+        self.cls_first = cls_place(config) == 0
 
     def forward(self, inputs: Tensor, layout: Layout) -> tuple[Tensor, Layout]:
         x = self.values(inputs) * self.scale
@@ -53,6 +53,11 @@ class Embedding(nn.Module):
         elif hasattr(self, "sinusoids"):
             x = x + self.sinusoids[layout.positions].to(x.dtype)
         return x, layout
+
+
+def cls_place(config: BackboneConfig) -> int:
+    """The layer before which [CLS] is put in, counted from 0."""
+    return config.num_layers - 1 if config.cls_layer == -1 else config.cls_layer
 
 
 def sinusoids(length: int, width: int) -> Tensor:
@@ -232,7 +237,7 @@ class Backbone(nn.Module):
         first = self.mechanisms()[0]
         carry = first.init_carry(layout.num_sequences) if isinstance(first, Block) else None
         for index in range(config.num_layers):
-            if self.embedding.cls is not None and index and index == config.cls_layer % config.num_layers:
+            if self.embedding.cls is not None and index and index == cls_place(config):
                 x, layout = layout.prepend(x, self.embedding.cls)
             x, carry = self.layers[0 if config.tied_layers else index](x, layout, carry)
         x = self.norm(x, layout.real)

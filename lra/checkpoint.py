@@ -11,12 +11,18 @@ from lra.errors import UserError
 
 def save(content: Any, path: Path) -> None:
     """Writes beside `path` and renames, so that a killed process leaves the old file whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    torch.save(content, part)
-    with open(part, "rb") as file:
-        os.fsync(file.fileno())
-    part.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(content, part)
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError of its own
+        part.unlink(missing_ok=True)
+        raise UserError(
+            f"cannot write the checkpoint {path}: {error}; make room there, or set LRA_RUNS to another place"
+        ) from error
 
 
 def load(path: Path, *, config_hash: str, seed: int) -> dict[str, Any]:

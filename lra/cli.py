@@ -47,10 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("lra").setLevel(logging.INFO if os.environ.get("LRA_VERBOSE") else logging.WARNING)
-    from lra.stop import Stop
+    from lra.stop import Stop, terminate_as_stop
 
     try:
-        return _run(argv)
+        with terminate_as_stop():
+            return _run(argv)
     except UserError as error:
         print(f"lra: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -169,6 +170,8 @@ def _list(argv: list[str]) -> int:
         "--leaks", action="store_true", help="models: measured effect of padding and batch mates"
     )
     args = parser.parse_args(argv)
+    if args.leaks and args.what != "models":
+        raise UserError(f"--leaks is about models, not {args.what}; leave it away")
     from lra.listing import listing, render
 
     rows = listing(args.what, leaks=args.leaks)

@@ -70,7 +70,7 @@ class RunConfig:
     @property
     def padded_length(self) -> int:
         """What rows are padded to: the recipe's own padded length, else the length."""
-        return max(self.task.padded_length or self.length, self.length)
+        return self.task.padded_length or self.length
 
     @cached_property
     def recipe_version(self) -> str:
@@ -147,7 +147,10 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
             choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
         else:
             choices.append([f"{key}={override.get_value_element_as_str()}"])
-    return [list(combination) for combination in itertools.product(*choices)]
+    combinations = [list(combination) for combination in itertools.product(*choices)]
+    if not combinations:
+        raise UserError(f"{' '.join(overrides)} asks for no run: one of its lists is empty")
+    return combinations
 
 
 @lru_cache(maxsize=256)
@@ -172,6 +175,11 @@ def compose(overrides: Sequence[str], *, any_length: bool = False) -> RunConfig:
             raise UserError(f"'{override.input_line}' lists several values; add -m to run them all")
     choices, values = _split(parsed)
     _check_paper(choices)
+    if choices["paper"] != "none" and choices.get("train", "default") != "default":
+        raise UserError(
+            f"train={choices['train']} and paper={choices['paper']} both say how to train; give one of them, "
+            "and single settings as train.KEY=value"
+        )
     group_overrides = tuple(f"{group}={choice}" for group, choice in choices.items())
     recipe = _composed(group_overrides)
     target = next((o.value() for o in values if o.key_or_group == "model.target"), None)
@@ -199,8 +207,10 @@ def _split(parsed: list[Override]) -> tuple[dict[str, str], list[Override]]:
     choices, values = {"task": "listops", "model": "softmax", "paper": "none"}, []
     for override in parsed:
         key = override.key_or_group
+        if override.package is not None:
+            raise UserError(f"'{override.input_line}' names a package; write {key}=value")
         if key in GROUPS:
-            choice = override.get_value_element_as_str()
+            choice = str(override.value())
             if choice not in options(key):
                 raise unknown(key, choice, options(key))
             choices[key] = choice
@@ -235,8 +245,7 @@ def _known_keys(task: str, model: str, target: str | None) -> list[str]:
 def _resolve(raw: dict[str, Any], any_length: bool) -> RunConfig:
     task_class = tasks.get(raw["task"]["name"])
     task = _typed(task_class, raw["task"], "task.")
-    if hasattr(task, "check"):
-        task.check()
+    task.check()
     backbone_names = {f.name for f in dataclasses.fields(BackboneConfig)}
     model = dict(raw["model"])
     name, target = model.pop("name"), model.pop("target", None)
@@ -250,14 +259,25 @@ def _resolve(raw: dict[str, Any], any_length: bool) -> RunConfig:
         ("batch_size", raw["batch_size"], 1),
         ("seed", raw["seed"], 0),
     ):
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value < 2**63:
             raise UserError(f"{key}={value} is not allowed; give a whole number of at least {low}")
     if not any_length:
         task.check_length(length)
+    if task.padded_length is not None and task.padded_length < length:
+        raise UserError(f"task.padded_length={task.padded_length} is shorter than length={length}; raise it")
+    if backbone.cls_layer >= backbone.num_layers:
+        raise UserError(
+            f"model.cls_layer={backbone.cls_layer} of {backbone.num_layers} layers; -1 is the last"
+        )
+    if any(width < 1 for width in backbone.head_widths):
+        raise UserError(f"model.head_widths={backbone.head_widths} has an empty layer; widths are at least 1")
+    train = _typed(TrainConfig, raw["train"], "train.")
+    if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
+        raise UserError(f"train.betas={train.betas} is not allowed; give two numbers from 0 to below 1")
     return RunConfig(
         task=task,
         model=ModelConfig(name=name, target=target, own=own, backbone=backbone),
-        train=_typed(TrainConfig, raw["train"], "train."),
+        train=train,
         paper=_typed(PaperConfig, raw["paper"], "paper."),
         length=length,
         seed=raw["seed"],
@@ -291,6 +311,7 @@ def _refuse_idle_settings(run: RunConfig, values: list[Override]) -> None:
         idle |= {f"model.{k}": "model.ffn=none" for k in ("d_ff", "activation", "act_dropout")}
     if run.model.backbone.norm != "batch":
         idle["model.norm_stats"] = "only model.norm=batch has batch statistics"
+    idle |= _idle_by_choice(run)
     if run.task.documents != 2:
         idle["model.pair"] = f"task '{run.task.name}' has one document a row"
     if registry.is_block(run.model):
@@ -301,6 +322,45 @@ def _refuse_idle_settings(run: RunConfig, values: list[Override]) -> None:
         key = override.key_or_group
         if key in idle and override.value() not in (None, 0, 0.0):
             raise UserError(f"{override.input_line} would change nothing: {idle[key]}; leave it away")
+
+
+def _idle_by_choice(run: RunConfig) -> dict[str, str]:
+    """Settings that another setting puts out of use, with that reason."""
+    backbone, train = run.model.backbone, run.train
+    groups = [
+        (backbone.pool != "cls", "only model.pool=cls has a [CLS] token", ["model.cls_layer"]),
+        (
+            not backbone.head_widths,
+            "model.head_widths is empty",
+            ["model.head_activation", "model.head_dropout"],
+        ),
+        (
+            train.schedule != "cosine_cycle",
+            "only train.schedule=cosine_cycle has cycles",
+            ["train.cycle_steps"],
+        ),
+        (
+            train.schedule != "onecycle",
+            "only train.schedule=onecycle moves momentum",
+            ["train.cycle_momentum"],
+        ),
+        (
+            train.schedule != "plateau",
+            "only train.schedule=plateau waits for evaluations",
+            ["train.plateau_patience", "train.plateau_factor"],
+        ),
+        (
+            not train.warmup_steps or train.schedule in ("rsqrt", "onecycle", "cosine_cycle"),
+            "this schedule has no such warm-up",
+            ["train.warmup_init_lr"],
+        ),
+        (
+            not train.warmup_steps or train.schedule == "onecycle",
+            "this schedule has no such warm-up",
+            ["train.warmup_power"],
+        ),
+    ]
+    return {key: reason for idle, reason, keys in groups if idle for key in keys}
 
 
 def _differences(recipe: RunConfig, run: RunConfig) -> list[str]:

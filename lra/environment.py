@@ -31,6 +31,8 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f"unknown device '{name}'; use auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device '{name}' is not supported; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(
             f"device '{name}' is not here: PyTorch {torch.__version__} sees no GPU; use train.device=cpu"
@@ -83,18 +85,20 @@ def synchronize(device: torch.device) -> None:
 def git_revision() -> str | None:
     """The commit of the tree lra runs from, with "-dirty" if it was changed.
 
-    Outside a clone it is what LRA_GIT_REVISION says (set it for a job on a copy of the tree), else None.
+    Where git cannot say, it is what LRA_GIT_REVISION says (for a job on a copy of the tree), else None.
     """
     root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return os.environ.get("LRA_GIT_REVISION")
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
     try:
-        run = lambda *args: subprocess.run(  # noqa: E731
-            ["git", "-C", str(root), *args], capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
-        return run("rev-parse", "HEAD") + ("-dirty" if run("status", "--porcelain", "-uno") else "")
+        if not (root / ".git").exists():  # an installed wheel may lie inside somebody else's repository
+            return os.environ.get("LRA_GIT_REVISION")
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):
-        return None
+        return os.environ.get("LRA_GIT_REVISION")
 
 
 @lru_cache

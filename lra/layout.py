@@ -4,13 +4,12 @@ Embedding, norms and feed-forward work on [... d] and do not care. What does car
 per-sequence dropout, the [CLS] token) asks the layout, so that a model is written once.
 """
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from models.common import Block, Chunks, Mixer, full_precision
+from models.common import Block, Chunks, Mixer, Segments, full_precision
 
 # s sequences (batch rows x documents), l padded length, t packed rows, d width
 
@@ -30,7 +29,7 @@ class Padded:
     def real(self) -> Tensor | None:
         return self.mask
 
-    @cached_property
+    @property
     def positions(self) -> Tensor:
         return torch.arange(self.length, device=self.device)
 
@@ -76,21 +75,24 @@ class Packed:
     num_rows: int
     length: int
     full: bool = False
+    index: Chunks | None = field(init=False)  # one chunk a sequence, the padded batch; None if full
+
+    def __post_init__(self) -> None:
+        # Not a cached_property: Python 3.11's takes a lock, which torch.compile cannot trace.
+        index = None
+        if not self.full:
+            index = Chunks.of(self.cu_seqlens, self.num_rows, size=self.length, max_len=self.length)
+        object.__setattr__(self, "index", index)
 
     @property
     def num_sequences(self) -> int:
         return self.cu_seqlens.shape[0] - 1
 
-    @cached_property
-    def index(self) -> Chunks:
-        """One chunk a sequence: the padded batch."""
-        return Chunks.of(self.cu_seqlens, self.num_rows, size=self.length, max_len=self.length)
-
     @property
     def real(self) -> Tensor | None:
         return None if self.full else self.index.where.real
 
-    @cached_property
+    @property
     def positions(self) -> Tensor:
         """[t] position of each row in its sequence; filler rows count on, below `length`."""
         if self.full:
@@ -143,7 +145,7 @@ class Packed:
         wider = Packed(
             self.cu_seqlens + steps, self.num_rows + self.num_sequences, self.length + 1, self.full
         )
-        where = wider.index.where
+        where = Segments.of(wider.cu_seqlens, wider.num_rows)
         source = torch.arange(wider.num_rows, device=x.device) - where.segment - 1
         moved = x[source.clamp(0, self.num_rows - 1)]
         first = ((where.position == 0) & where.real)[:, None]

@@ -3,8 +3,10 @@
 import dataclasses
 import hashlib
 import json
+import logging
 import statistics
 import time
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +23,8 @@ from lra.records import Record
 from lra.run import conditions, is_out_of_memory, make_folder, release_memory
 from lra.step import Step, choose_mode
 from lra.train import build_model, choose_layout
+
+log = logging.getLogger(__name__)
 
 MODES = ("train", "infer")
 WARMUP_CALLS = 3
@@ -49,6 +53,8 @@ def cells(overrides: Sequence[str]) -> list[tuple[RunConfig, str]]:
     for mode in modes:
         if mode not in MODES:
             raise unknown("mode", mode, MODES)
+    if "seed" in given and len(expand([f"seed={given['seed']}"])) > 1:
+        raise UserError("a measurement has no seeds to compare; give one seed or none")
     if "tokens" in given and "batch_size" in given:
         raise UserError("tokens= and batch_size= both fix the batch; give one of them")
     rest = [override for override in overrides if override.split("=", 1)[0] not in ("mode", "tokens")]
@@ -62,17 +68,22 @@ def cells(overrides: Sequence[str]) -> list[tuple[RunConfig, str]]:
         choose_layout(config)
         environment.pick_device(config.train.device)
         found += [(config, mode) for mode in modes]
+    ids = [(json.dumps(config.identity(), sort_keys=True), config.seed, mode) for config, mode in found]
+    if len(set(ids)) < len(ids):
+        raise UserError("one cell is asked for twice; take the doubled value out of its list")
     return found
 
 
 def _rows(tokens: str, length: int) -> int:
     if not tokens.isdigit() or int(tokens) < 1:
         raise UserError(f"tokens={tokens} is not a positive whole number")
-    return max(1, int(tokens) // length)
+    if int(tokens) < length:
+        raise UserError(f"tokens={tokens} is less than one row of length={length}; raise it")
+    return int(tokens) // length
 
 
 def measure_cell(config: RunConfig, mode: str, *, force: bool = False) -> Record:
-    """The record of one cell; out of memory and unsupported lengths are results."""
+    """The record of one cell; out of memory, an unsupported length and a failure are results."""
     device = environment.pick_device(config.train.device)
     record = _describe(config, mode, device)
     folder = records.runs_root() / "measure" / record.run_id
@@ -84,9 +95,13 @@ def measure_cell(config: RunConfig, mode: str, *, force: bool = False) -> Record
         try:
             record = dataclasses.replace(record, status="ok", **_measure(config, mode, device))
         except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            record = dataclasses.replace(record, status="oom", reason=" ".join(str(error).split())[:300])
+            status = "oom" if is_out_of_memory(error) else "failed"
+            status = "unsupported" if isinstance(error, UserError) else status
+            log.error("%s: %s\n%s", record.run_id, status, traceback.format_exc())
+            reason = (
+                " ".join(f"{type(error).__name__}: {error}".split()) if status == "failed" else str(error)
+            )
+            record = dataclasses.replace(record, status=status, reason=" ".join(reason.split())[:300])
         finally:
             release_memory()
         record = dataclasses.replace(record, wall_s=time.perf_counter() - started)

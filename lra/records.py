@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lra.errors import UserError
-from lra.locks import lock, locked  # noqa: F401  (`records.lock` is where callers look for it)
+from lra.locks import Busy, lock, locked, writing  # noqa: F401  (callers use `records.lock`, `records.Busy`)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 SCHEMA = 1
 STATUSES = ("ok", "oom", "diverged", "failed", "interrupted", "unsupported")
 KINDS = ("train", "measure")
+CHOICES = {"kind": KINDS, "status": STATUSES}
+INT64_MAX = 2**63 - 1
 RECORD, PREDICTIONS, LABELS, ATTEMPTS = "record.json", "predictions.npy", "labels.npy", "attempts"
 REQUIRED = ("kind", "run_id", "status", "task", "model")
 
@@ -101,7 +103,7 @@ class Record:
 
     @classmethod
     def from_dict(cls, values: Any) -> "Record":
-        """A record from parsed JSON; ValueError says which key is missing or of the wrong type."""
+        """A record from parsed JSON; ValueError says which key is missing or holds what no run can find."""
         if not isinstance(values, dict):
             raise ValueError(f"a record is a JSON object, not a {type(values).__name__}")
         missing = [key for key in REQUIRED if not isinstance(values.get(key), str)]
@@ -110,7 +112,9 @@ class Record:
         known = {name: values[name] for name in FIELDS if values.get(name) is not None}
         for name, value in known.items():
             if not _fits(value, FIELDS[name]):
-                raise ValueError(f"{name} should be {FIELDS[name].__name__}, not {value!r}")
+                raise ValueError(f"{name} should be {FIELDS[name].__name__}, not {value!r:.60}")
+            if (wanted := _misfit(name, value)) is not None:
+                raise ValueError(f"{name} should be {wanted}, not {value!r:.60}")
             if FIELDS[name] is int:
                 known[name] = int(value)
         return cls(**known, unknown={key: value for key, value in values.items() if key not in FIELDS})
@@ -133,7 +137,25 @@ def _fits(value: Any, expected: Any) -> bool:
         return isinstance(value, str)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    return math.isfinite(value) and (expected is float or value == int(value))
+    try:
+        return math.isfinite(value) and (expected is float or value == int(value))
+    except OverflowError:  # a whole number beyond every float
+        return False
+
+
+def _misfit(name: str, value: Any) -> str | None:
+    """What a value of the right type should have been; None if it is one that tables can work with."""
+    if name in CHOICES:
+        return None if value in CHOICES[name] else f"one of {', '.join(CHOICES[name])}"
+    if name == "deviations":
+        return None if isinstance(value, list) else "a list"
+    if name.endswith("_accuracy"):
+        return None if 0 <= value <= 1 else "a fraction from 0 to 1"
+    if name == "seed":  # the one number that is no amount
+        return None if -INT64_MAX <= value <= INT64_MAX else "a whole number of at most 64 bits"
+    if FIELDS[name] is int:
+        return None if 0 <= value <= INT64_MAX else f"from 0 to {INT64_MAX}"
+    return None if FIELDS[name] is not float or value >= 0 else "0 or more"
 
 
 def _parse(text: str) -> Any:
@@ -169,23 +191,25 @@ def write(record: Record, folder: str | Path) -> Path:
     folder = Path(folder)
     text = json.dumps(record.to_dict(), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
     archive(folder)
-    _replace(folder / RECORD, text.encode())
+    with writing(folder):
+        _replace(folder / RECORD, text.encode())
     return folder / RECORD
 
 
 def archive(folder: str | Path) -> Path | None:
     """Moves an ended attempt's record and predictions to `attempts/<n>/`; None if none has ended here."""
     folder = Path(folder)
-    if not (folder / RECORD).exists():
-        return None
-    attempts = folder / ATTEMPTS
-    taken = [int(p.name) for p in attempts.iterdir() if p.name.isdigit()] if attempts.is_dir() else []
-    target = attempts / str(max(taken, default=0) + 1)
-    target.mkdir(parents=True)
-    # The record goes last: a process killed in between leaves an attempt that still counts as ended.
-    for name in (PREDICTIONS, LABELS, RECORD):
-        if (folder / name).exists():
-            os.replace(folder / name, target / name)
+    with writing(folder):
+        if not (folder / RECORD).exists():
+            return None
+        attempts = folder / ATTEMPTS
+        taken = [int(p.name) for p in attempts.iterdir() if p.name.isdigit()] if attempts.is_dir() else []
+        target = attempts / str(max(taken, default=0) + 1)
+        target.mkdir(parents=True)
+        # The record goes last: a process killed in between leaves an attempt that still counts as ended.
+        for name in (PREDICTIONS, LABELS, RECORD):
+            if (folder / name).exists():
+                os.replace(folder / name, target / name)
     return target
 
 
@@ -235,10 +259,11 @@ def save_predictions(folder: str | Path, predictions: Any, labels: Any = None) -
         assert whole and (array.size == 0 or (array.min() >= 0 and array.max() <= 255)), (name, array.dtype)
         assert array.size == arrays[PREDICTIONS].size, "one label per prediction"
     archive(folder)
-    for name in (PREDICTIONS, LABELS):
-        (Path(folder) / name).unlink(missing_ok=True)
-    for name, array in arrays.items():
-        _replace(Path(folder) / name, _npy_bytes(array.astype(np.uint8)))
+    with writing(folder):
+        for name in (PREDICTIONS, LABELS):
+            (Path(folder) / name).unlink(missing_ok=True)
+        for name, array in arrays.items():
+            _replace(Path(folder) / name, _npy_bytes(array.astype(np.uint8)))
 
 
 def _npy_bytes(array: np.ndarray) -> bytes:
@@ -345,7 +370,11 @@ def _holds_records(path: Path) -> bool:
 
 
 def _read_lines(path: Path) -> Iterator[tuple[Record, str]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (ValueError, OSError) as error:
+        raise UserError(f"cannot read '{path}': {error}; mend it or name another file") from error
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:

@@ -19,11 +19,27 @@ from lra.data.prepare import prepare
 from lra.data.store import Store
 from lra.errors import UserError
 from lra.records import Record
-from lra.train import LAST, Diverged, Progress, Trainer
+from lra.train import LAST, Diverged, Progress, Trainer, build_model, choose_layout
 
 log = logging.getLogger(__name__)
 
 FINAL = ("ok", "diverged", "unsupported")  # statuses that another try would only repeat
+
+
+def check(config: RunConfig) -> None:
+    """Raises UserError for what would only show when the run begins, as sizes that do not fit."""
+    choose_layout(config)
+    environment.pick_device(config.train.device)
+    build_model(config, vocab_size=config.task.vocab_size if config.task.input == "tokens" else None)
+
+
+def prepared(config: RunConfig) -> Store:
+    """The data of a run, built if they are not there yet; UserError if they cannot fill one batch."""
+    store = prepare(config.task, config.length)
+    rows = len(store.split("train"))
+    if config.batch_size > rows:
+        raise UserError(f"batch_size={config.batch_size} is larger than the {rows} training rows; lower it")
+    return store
 
 
 def folder_of(config: RunConfig, store: Store) -> Path:
@@ -48,7 +64,7 @@ def execute(
     memory, divergence and any other error become the record's status.
     """
     started = time.perf_counter()
-    store = prepare(config.task, config.length)
+    store = prepared(config)
     data_s = time.perf_counter() - started
     if not force and (record := done(config, store)) is not None:
         log.info("%s is done already (%s)", record.run_id, record.status)
@@ -56,6 +72,8 @@ def execute(
     folder = folder_of(config, store)
     make_folder(folder)
     with records.lock(folder), log_to(folder / "log.txt"):
+        if not force and (record := done(config, store)) is not None:
+            return record  # another process ended it while this one waited to begin
         records.archive(folder)
         if force:
             (folder / LAST).unlink(missing_ok=True)
@@ -174,12 +192,17 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def write_failure(overrides: tuple[str, ...], reason: str, **labels: Any) -> Record:
-    """Writes the record of a run whose process could not."""
+def failure(overrides: tuple[str, ...], reason: str, **labels: Any) -> Record:
+    """The record of a run that failed before, or with, its process."""
     config = compose(overrides)
-    store = prepare(config.task, config.length)
-    folder = folder_of(config, store)
+    record = describe(config, prepare(config.task, config.length))
+    return dataclasses.replace(record, status="failed", reason=reason, **labels)
+
+
+def write_failure(record: Record) -> None:
+    """Writes the record of a run whose process could not; never over one that ended well meanwhile."""
+    folder = records.runs_root() / record.run_id
     make_folder(folder)
-    record = dataclasses.replace(describe(config, store), status="failed", reason=reason, **labels)
-    records.write(record, folder)
-    return record
+    with records.lock(folder):
+        if not (folder / "record.json").is_file() or records.read(folder).status not in FINAL:
+            records.write(record, folder)

@@ -5,15 +5,25 @@ left out of it, so that a new setting does not rename old runs.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from lra.errors import UserError, unknown
 
 
-def setting(default: Any, *, choices: tuple = (), low: float | None = None, semantic: bool = True) -> Any:
-    """A dataclass field with what is allowed in it: one of `choices`, or at least `low`."""
-    return field(default=default, metadata={"choices": choices, "low": low, "semantic": semantic})
+def setting(
+    default: Any,
+    *,
+    choices: tuple = (),
+    low: float | None = None,
+    high: float = math.inf,
+    semantic: bool = True,
+) -> Any:
+    """A dataclass field with what is allowed in it: one of `choices`, or a number from `low` to `high`."""
+    return field(
+        default=default, metadata={"choices": choices, "low": low, "high": high, "semantic": semantic}
+    )
 
 
 @dataclass(frozen=True)
@@ -40,20 +50,20 @@ class BackboneConfig:
     init: str = setting("torch", choices=("torch", "xavier", "normal"))
     tied_layers: bool = False
     pool: str = setting("mean", choices=("cls", "first", "mean", "mean_padded", "mean_all", "max"))
-    cls_layer: int = 0  # before which layer [CLS] is put in; -1: the last
+    cls_layer: int = setting(0, low=-1)  # before which layer [CLS] is put in; -1: the last
     head_widths: list[int] = field(
         default_factory=list
     )  # hidden layers of the classifier; [] is a linear one
     head_activation: str = setting("relu", choices=("relu", "gelu"))
-    head_dropout: float = setting(0.0, low=0.0)
+    head_dropout: float = setting(0.0, low=0.0, high=1.0)
     head_bias: bool = True
     pair: str = setting("nli", choices=("concat", "swapped", "nli"))  # how two documents are joined
-    dropout: float = setting(0.0, low=0.0)  # of residual branches
+    dropout: float = setting(0.0, low=0.0, high=1.0)  # of residual branches
     dropout_kind: str = setting("element", choices=("element", "tied"))
-    emb_dropout: float | None = setting(None, low=0.0)
-    act_dropout: float | None = setting(None, low=0.0)  # inside the feed-forward
-    attn_dropout: float = setting(0.0, low=0.0)  # of attention weights, where a mechanism has them
-    drop_path: float = setting(0.0, low=0.0)
+    emb_dropout: float | None = setting(None, low=0.0, high=1.0)
+    act_dropout: float | None = setting(None, low=0.0, high=1.0)  # inside the feed-forward
+    attn_dropout: float = setting(0.0, low=0.0, high=1.0)  # of attention weights, where a mechanism has them
+    drop_path: float = setting(0.0, low=0.0, high=1.0)
 
     @property
     def input_dropout(self) -> float:
@@ -141,13 +151,18 @@ class PaperConfig:
 
 
 def check(config: Any, prefix: str) -> None:
-    """Raises UserError for a value outside the choices or the bound of its field."""
+    """Raises UserError for a value outside the choices or bounds of its field, and for NaN and infinity."""
     for f in dataclasses.fields(config):
         value, allowed, low = getattr(config, f.name), f.metadata.get("choices"), f.metadata.get("low")
         if allowed and value not in allowed:
             raise unknown(f"{prefix}{f.name}", str(value), allowed)
-        if low is not None and value is not None and value < low:
-            raise UserError(f"{prefix}{f.name}={value} is out of range; it must be at least {low}")
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UserError(f"{prefix}{f.name}={number} is not a finite number; give one")
+        high = f.metadata.get("high", math.inf)
+        if low is not None and value is not None and not low <= value <= high:
+            bound = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise UserError(f"{prefix}{f.name}={value} is out of range; it must be {bound}")
 
 
 def semantic(config: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from lra.schema import TrainConfig
 
 log = logging.getLogger(__name__)
 
+MOST_SHAPES = 64  # compiled forms of one model: four token counts, each split, training and evaluation
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -60,8 +61,8 @@ class Step:
         self.model, self.config, self.device, self.mode = model, config, device, mode
         self.optimizer = make_optimizer(model, config, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-        # A run has at most a handful of batch sizes, each compiled once for its static shapes.
-        self._compiled = torch.compile(_logits, dynamic=False)
+        if mode == "compiled":
+            self._compiled = compile_logits()
 
     def logits(self, batch: Batch) -> Tensor:
         """[b num_classes] in float32, under the precision of the run."""
@@ -101,6 +102,18 @@ class Step:
             nn.utils.clip_grad_value_(parameters, self.config.clip_value)
         if self.config.clip_norm is not None:
             nn.utils.clip_grad_norm_(parameters, self.config.clip_norm)
+
+
+def compile_logits():
+    """`_logits`, compiled once for each of the few batch shapes of a run.
+
+    What an earlier run of the process compiled is let go first. Past the limit dynamo raises: left to itself
+    it would go on uncompiled, and the record would say otherwise.
+    """
+    torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = MOST_SHAPES
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    return torch.compile(_logits, dynamic=False, fullgraph=True)
 
 
 def _logits(model: Backbone, inputs: Tensor, where: Tensor | None, shape: tuple) -> Tensor:

@@ -46,3 +46,17 @@ def stop_requested() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def terminate_as_stop() -> Iterator[None]:
+    """SIGTERM raises Stop wherever the process is; in a training loop it still stops between two steps."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stop(number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -80,13 +80,9 @@ class Trainer:
         self.step = Step(self.model, train, self.device, self.mode)
         self.schedule = Schedule(train)
         self.state = State()
+        self.warmup_left = WARMUP_STEPS
         self.losses: list[Tensor] = []  # of the steps since the last line of metrics.jsonl
         self.batches = {split: self._batches(split) for split in ("train", "val", "test")}
-        if self.batches["train"].batches_per_epoch < 1:
-            rows = self.batches["train"].num_rows
-            raise UserError(
-                f"batch_size={config.batch_size} is larger than the {rows} training rows; lower it"
-            )
 
     def _batches(self, split: str) -> Batches:
         config, rows = self.config, self.store.split(split)
@@ -121,7 +117,7 @@ class Trainer:
         eval_every = train.eval_every or max(1, train.num_steps // EVALUATIONS)
         checkpoint_every = train.checkpoint_every or eval_every
         bad_step = torch.full((), -1, device=self.device)
-        segment = _Segment(self, WARMUP_STEPS)
+        segment = _Segment(self)
         with stop_requested() as stop:
             while state.step < train.num_steps:
                 if stop.signal is not None:
@@ -145,12 +141,13 @@ class Trainer:
                     segment.close()
                     self._raise_if_diverged(bad_step)
                     self._evaluate_and_keep()
-                    segment = _Segment(self, 0)
-                if state.step % checkpoint_every == 0 and not last:
+                    segment = _Segment(self)
+                if state.step % checkpoint_every == 0 or last:
                     segment.close()
                     self._save()
-                    segment = _Segment(self, 0)
-        segment.close()
+                    segment = _Segment(self)
+            if stop.signal is not None:
+                raise Stop(stop.signal)
 
     def _log(self, bad_step: Tensor) -> None:
         mean = torch.stack(self.losses).mean().item()
@@ -173,7 +170,7 @@ class Trainer:
         if accuracy > state.best_accuracy:
             state.best_accuracy, state.best_step = accuracy, state.step
             if self.config.train.selection == "best_val":
-                checkpoint.save(self.model.state_dict(), self.folder / BEST)
+                self._save_best()
 
     @torch.no_grad()
     def evaluate(self, split: str) -> tuple[float, float, np.ndarray]:
@@ -210,8 +207,7 @@ class Trainer:
             peak = {"peak_mem_mib": cost.cuda_peak_mib(self.device, data_bytes)}
         val_accuracy, best_step = state.best_accuracy, state.best_step
         if config.train.selection == "best_val":
-            weights = torch.load(self.folder / BEST, map_location=self.device, weights_only=True)
-            self.model.load_state_dict(weights)
+            self.model.load_state_dict(checkpoint.load(self.folder / BEST, **self._owner())["model"])
         else:
             val_accuracy, best_step = self.evaluate("val")[0], state.step
         started = time.perf_counter()
@@ -265,12 +261,19 @@ class Trainer:
 
     # Checkpoints: everything that the rest of the run depends on.
 
+    def _owner(self) -> dict[str, Any]:
+        """What a checkpoint must say to be read into this run."""
+        return {"config_hash": self.config.config_hash(self.store.data_hash), "seed": self.config.seed}
+
+    def _save_best(self) -> None:
+        saved = {**self._owner(), "step": self.state.step, "model": self.model.state_dict()}
+        checkpoint.save(saved, self.folder / BEST)
+
     def _save(self) -> None:
         self.state.schedule = self.schedule.state()
         cuda = self.device.type == "cuda"
         saved = {
-            "config_hash": self.config.config_hash(self.store.data_hash),
-            "seed": self.config.seed,
+            **self._owner(),
             "state": {**vars(self.state), "wall_s": self.wall_s},
             "losses": [loss.item() for loss in self.losses],
             "model": self.model.state_dict(),
@@ -286,8 +289,7 @@ class Trainer:
         if not path.is_file():
             metrics.unlink(missing_ok=True)
             return
-        config_hash = self.config.config_hash(self.store.data_hash)
-        saved = checkpoint.load(path, config_hash=config_hash, seed=self.config.seed)
+        saved = checkpoint.load(path, **self._owner())
         self.model.load_state_dict(saved["model"])
         self.step.optimizer.load_state_dict(saved["optimizer"])
         self.step.scaler.load_state_dict(saved["scaler"])
@@ -303,13 +305,13 @@ class Trainer:
 
 
 class _Segment:
-    """Times the steps between two interruptions, without the first `skip`; synchronises only at its ends."""
+    """Times the steps between two interruptions, once the process is warm; synchronises only at its ends."""
 
-    def __init__(self, trainer: Trainer, skip: int) -> None:
-        self.trainer, self.skip = trainer, skip
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
         self.steps = self.tokens = 0
         self.opened = time.perf_counter()
-        self.started: float | None = None if skip else self.opened
+        self.started: float | None = None if trainer.warmup_left else self.opened
 
     def count(self, parts: list[Batch]) -> None:
         """Called after each step with its batch."""
@@ -317,17 +319,15 @@ class _Segment:
             self.steps += 1
             self.tokens += sum(part.num_tokens for part in parts)
             return
-        self.skip -= 1
-        if self.skip > 0:
-            return
-        environment.synchronize(self.trainer.device)
-        self.started = time.perf_counter()
-        cost.reset_peak(self.trainer.device)  # once a process: only its first segment skips steps
-        if self.trainer.mode == "compiled":
-            self.trainer.state.compile_s += self.started - self.opened
+        self.trainer.warmup_left -= 1
+        if self.trainer.warmup_left == 0:
+            self._book_compilation()
+            self.started = time.perf_counter()
+            cost.reset_peak(self.trainer.device)
 
     def close(self) -> None:
         if self.started is None:
+            self._book_compilation()
             return
         environment.synchronize(self.trainer.device)
         state = self.trainer.state
@@ -335,6 +335,13 @@ class _Segment:
         state.timed_steps += self.steps
         state.timed_tokens += self.tokens
         self.started = None
+
+    def _book_compilation(self) -> None:
+        """In compiled mode the untimed first steps are what compiling took."""
+        environment.synchronize(self.trainer.device)
+        if self.trainer.mode == "compiled":
+            self.trainer.state.compile_s += time.perf_counter() - self.opened
+        self.opened = time.perf_counter()
 
 
 def choose_layout(config: RunConfig) -> str:

@@ -6,6 +6,7 @@ it had.
 """
 
 import contextlib
+import dataclasses
 import logging
 import multiprocessing
 import os
@@ -19,7 +20,7 @@ from typing import Any
 
 from lra.errors import UserError
 from lra.records import Record
-from lra.stop import Stop
+from lra.stop import Stop, terminate_as_stop
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def run_all(jobs: list[Job], *, on_event: Callable[[dict[str, Any]], None]) -> l
     waiting, records = deque(jobs), []
     devices: list[str | None] = list(visible_gpus()[: len(jobs)]) or [None]
     workers = [_start(device) for device in devices]
-    with _terminate_as_stop():
+    with terminate_as_stop():
         try:
             for worker in workers:
                 _assign(worker, waiting, on_event)
@@ -80,6 +81,8 @@ def run_all(jobs: list[Job], *, on_event: Callable[[dict[str, Any]], None]) -> l
             for worker in workers:
                 if worker.process.is_alive():
                     os.kill(worker.process.pid, signal.SIGTERM)
+                with contextlib.suppress(OSError):
+                    worker.pipe.send(None)  # for one that has just ended its run and waits for the next
             deadline = time.monotonic() + GRACE_S
             for worker in workers:
                 worker.process.join(max(0.0, deadline - time.monotonic()))
@@ -129,16 +132,23 @@ def _hear(worker: Worker, on_event: Callable[[dict[str, Any]], None]) -> Record 
     if isinstance(message, Record):
         return message
     if "error" in message:
-        return _write_failure(worker.job, message["error"])
+        return _write_failure(worker.job, message["error"], busy=message["busy"])
     on_event({"kind": "progress", **message})
     return None
 
 
-def _write_failure(job: Job, reason: str) -> Record:
-    """The record of a run that could not write one itself."""
+def _write_failure(job: Job, reason: str, *, busy: bool = False) -> Record:
+    """The record of a run that could not write one itself; a run that another process works on gets none."""
     from lra import run
 
-    return run.write_failure(job.overrides, reason, **job.labels)
+    record = run.failure(job.overrides, reason, **job.labels)
+    if busy:
+        return dataclasses.replace(record, status="interrupted")
+    try:
+        run.write_failure(record)
+    except UserError as error:
+        log.error("%s: its record could not be written: %s", record.run_id, error)
+    return record
 
 
 def _dismiss(worker: Worker) -> None:
@@ -160,30 +170,17 @@ def _work(pipe: Connection) -> None:
 
     from lra import run
     from lra.config import compose
+    from lra.locks import Busy
 
-    with _terminate_as_stop(), contextlib.suppress(Stop, EOFError, BrokenPipeError):
+    with terminate_as_stop(), contextlib.suppress(Stop, EOFError, BrokenPipeError):
         while (job := pipe.recv()) is not None:
             try:
                 config = compose(job.overrides)
                 record = run.execute(config, progress=pipe.send, force=job.force, **job.labels)
             except UserError as error:
-                pipe.send({"error": str(error)})
+                pipe.send({"error": str(error), "busy": isinstance(error, Busy)})
             else:
                 pipe.send(record)
-
-
-@contextlib.contextmanager
-def _terminate_as_stop() -> Iterator[None]:
-    """SIGTERM raises Stop wherever the process is, but in a training loop, which stops between two steps."""
-
-    def stop(number, frame):
-        raise Stop(number)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

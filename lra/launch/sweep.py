@@ -2,6 +2,7 @@
 launch.
 """
 
+import json
 import logging
 import time
 from collections.abc import Sequence
@@ -11,12 +12,10 @@ from rich.console import Console
 
 from lra import environment, run
 from lra.config import RunConfig, compose, expand
-from lra.data.prepare import prepare
 from lra.errors import UserError
 from lra.launch.display import Display
 from lra.launch.local import Job, run_all
 from lra.records import Record
-from lra.train import choose_layout
 
 log = logging.getLogger(__name__)
 
@@ -27,9 +26,11 @@ def train(overrides: Sequence[str], *, multirun: bool = False, force: bool = Fal
     Every config is resolved before the first run starts, so that a typing error in one costs nothing.
     """
     configs = [compose(one) for one in expand(overrides)] if multirun else [compose(overrides)]
+    checked = set()
     for config in configs:
-        choose_layout(config)
-        environment.pick_device(config.train.device)
+        if (identity := json.dumps(config.identity(), sort_keys=True)) not in checked:
+            run.check(config)
+            checked.add(identity)
         if multirun and config.train.device.startswith("cuda:"):
             raise UserError(
                 f"train.device={config.train.device} in a sweep, which gives every GPU its own process; "
@@ -44,7 +45,7 @@ def train(overrides: Sequence[str], *, multirun: bool = False, force: bool = Fal
 
 
 def _run_here(config: RunConfig, *, force: bool, labels: dict[str, Any]) -> Record:
-    store = prepare(config.task, config.length)
+    store = run.prepared(config)
     run_id = config.run_id(store.data_hash)
     with Display(1) as display:
         display({"kind": "start", "run_id": run_id})
@@ -59,7 +60,7 @@ def _run_sweep(configs: list[RunConfig], *, force: bool, labels: dict[str, Any])
     stores = {}
     for config in configs:
         key = config.task.folder_name(config.length)
-        stores[key] = stores.get(key) or prepare(config.task, config.length)
+        stores[key] = stores.get(key) or run.prepared(config)
     finished: dict[str, Record] = {}
     jobs: list[Job] = []
     order = []

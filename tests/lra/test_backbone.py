@@ -118,6 +118,13 @@ def test_tied_layers_share_their_parameters():
     assert count(num_layers=1) == count(num_layers=3, tied_layers=True) < count(num_layers=3)
 
 
+@pytest.mark.parametrize(("num_layers", "cls_layer"), [(1, 0), (1, -1), (2, 0), (2, 1), (2, -1), (3, 1)])
+def test_the_class_token_is_read_wherever_it_is_put_in(num_layers, cls_layer):
+    model = make(pool="cls", num_layers=num_layers, cls_layer=cls_layer)
+    model(*packed_batch()).sum().backward()
+    assert model.embedding.cls.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize(("pair", "factor"), [("concat", 2), ("swapped", 2), ("nli", 4)])
 def test_two_documents_are_joined_before_the_head(pair, factor):
     model = make(documents=2, pair=pair)

@@ -45,6 +45,9 @@ BAD = [
     ["train", "task=text", "task.source=/no/such/folder"],
     ["measure", "mode=dream"],
     ["measure", "tokens=0"],
+    ["measure", "tokens=10", "length=64"],
+    ["measure", "mode=train,train", "length=64"],
+    ["list", "tasks", "--leaks"],
     ["measure", "tokens=1024", "batch_size=3"],
     ["data", "prepair", "listops"],
     ["data", "prepare", "lisops"],
@@ -141,6 +144,37 @@ def test_out_of_memory_is_a_cell_of_the_measure_table(monkeypatch, capsys):
     monkeypatch.setattr(measure, "_measure", fail)
     assert main(["measure", "model=identity", "length=64"]) == 1
     assert "oom" in capsys.readouterr().out
+
+
+def test_a_cell_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    (tmp_path / "shapeless.py").write_text(
+        "from models import Mixer\n"
+        "class Bad(Mixer):\n"
+        "    def forward(self, x, mask=None):\n"
+        "        return x[..., :1] @ x\n"
+        "class Fine(Mixer):\n"
+        "    def forward(self, x, mask=None):\n"
+        "        return x\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    argv = ["measure", "model=custom", "model.target=shapeless.py:Bad,shapeless.py:Fine", "length=64"]
+    assert main([*argv, "batch_size=2", "model.d_model=16"]) == 1
+    out = capsys.readouterr().out
+    assert "failed" in out and "Fine" in out
+
+
+def test_flops_count_attention_of_either_kernel_alike(capsys):
+    argv = [
+        "measure",
+        "model=softmax",
+        "model.kernel=math,fused",
+        "length=64",
+        "batch_size=2",
+        "model.d_model=16",
+    ]
+    assert main(argv) == 0
+    flops = {r.flops_per_step for r in map(records.read, (records.runs_root() / "measure").iterdir())}
+    assert len(flops) == 1
 
 
 def test_tokens_fix_the_batch_by_the_length():

@@ -50,6 +50,15 @@ def test_another_length_than_the_recipes_drops_the_recipes_padded_length():
     assert compose(["paper=nystromformer2021", "length=2000"]).padded_length == 2048
 
 
+def test_an_empty_list_asks_for_no_run():
+    with pytest.raises(UserError, match="asks for no run"):
+        expand(["seed=range(0,0)"])
+
+
+def test_a_quoted_group_choice_is_the_choice():
+    assert compose(["task='listops'"]).task.name == "listops"
+
+
 def test_defaults_leave_no_trace_in_the_identity():
     assert compose(["model.d_model=64", "train.num_steps=1000"]).identity() == compose([]).identity()
 
@@ -86,6 +95,17 @@ REFUSED = [
     (["task"], "cannot read"),
     (["paper=nystromformer2021", "task=nothing"], "unknown task"),
     (["model.own_secret=1"], "unknown setting"),
+    (["paper=nystromformer2021", "train=quick"], "both say how to train"),
+    (["model@x=softmax"], "names a package"),
+    (["seed=99999999999999999999"], "seed"),
+    (["model.dropout=1.5"], "from 0.0 to 1.0"),
+    (["train.lr=nan"], "not a finite number"),
+    (["train.betas=[0.9]"], "two numbers"),
+    (["model.head_widths=[0]"], "empty layer"),
+    (["model.pool=cls", "model.cls_layer=2"], "-1 is the last"),
+    (["model.cls_layer=-1"], "would change nothing"),
+    (["train.cycle_steps=10"], "would change nothing"),
+    (["task.padded_length=16"], "shorter than length"),
 ]
 
 

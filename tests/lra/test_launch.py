@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from lra import records
+from lra import records, run
+from lra.config import compose
 from lra.errors import UserError
 from lra.launch import local, sweep
 from lra.launch.local import Job, run_all
@@ -36,6 +37,35 @@ def test_asking_twice_for_one_run_is_refused(tiny):
     with pytest.raises(UserError, match="asks twice"):
         sweep.train(tiny("seed=0,0"), multirun=True)
 
+
+@pytest.mark.parametrize("wrong", ["model=local model.window=4,0", "model=softmax,linear model.num_heads=3"])
+def test_a_size_that_does_not_fit_stops_a_sweep_before_it_starts(tiny, wrong):
+    with pytest.raises(UserError):
+        sweep.train(tiny(*wrong.split()), multirun=True)
+    assert not records.runs_root().exists()
+
+
+def test_a_run_that_another_process_works_on_gets_no_false_record(tiny):
+    config = compose(tiny("model=identity"))
+    folder = run.folder_of(config, run.prepared(config))
+    folder.mkdir(parents=True)
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD.format(folder=str(folder))], stdout=subprocess.PIPE, text=True
+    ) as held:
+        assert held.stdout.readline().strip() == "held"
+        (found,) = run_all([Job("busy", config.overrides)], on_event=lambda event: None)
+        held.kill()
+    assert found.status == "interrupted" and str(held.pid) in found.reason
+    assert not (folder / "record.json").exists()
+
+
+HOLD = """
+import time
+from lra import records
+with records.lock({folder!r}):
+    print("held", flush=True)
+    time.sleep(60)
+"""
 
 FAULTS = """
 import os, signal
@@ -88,31 +118,3 @@ def test_a_signal_ends_a_sweep_with_its_status_and_leaves_checkpoints(tiny, numb
     assert "Traceback" not in err
     folder = next(records.runs_root().glob("*/metrics.jsonl")).parent
     assert (folder / "checkpoint" / "last.pt").is_file() and records.run_state(folder) == "interrupted"
-
-
-def test_two_processes_cannot_work_in_one_run(tiny, tmp_path):
-    from lra import run
-    from lra.config import compose
-
-    config = compose(tiny())
-    from lra.data.prepare import prepare
-
-    folder = run.folder_of(config, prepare(config.task, config.length))
-    folder.mkdir(parents=True)
-    held = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            f"import time;from lra import records\nwith records.lock({str(folder)!r}):\n"
-            " print('held', flush=True); time.sleep(60)",
-        ],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert held.stdout.readline().strip() == "held"
-        with pytest.raises(UserError, match=str(held.pid)):
-            run.execute(config)
-    finally:
-        held.kill()
-        held.wait()

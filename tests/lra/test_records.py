@@ -1,7 +1,9 @@
 """Records: strict JSON, whole or not at all, readable across schemas; one process per run folder."""
 
+import errno
 import json
 import os
+import resource
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -78,14 +80,66 @@ def test_keys_of_a_newer_schema_survive_and_missing_keys_are_null(tmp_path):
     assert records.load(tmp_path)["new"].tolist() == [[1]]
 
 
-def test_a_failed_write_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError("disk full")
+FULL = r"cannot write in run folder '{}': No space left on device; .*LRA_RUNS"
 
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="disk full"):
-        records.write(make(), tmp_path)
-    assert list(tmp_path.iterdir()) == []
+
+def disk_full(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_names_the_folder_and_leaves_it_as_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", disk_full)
+    for save in (lambda: records.write(make(), tmp_path), lambda: records.save_predictions(tmp_path, [1])):
+        with pytest.raises(UserError, match=FULL.format(tmp_path)):
+            save()
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_an_attempt_that_cannot_be_moved_stays(tmp_path, monkeypatch):
+    records.write(make(seed=1), tmp_path)
+    monkeypatch.setattr(Path, "mkdir", disk_full)
+    for save in (
+        lambda: records.archive(tmp_path),
+        lambda: records.write(make(seed=2), tmp_path),
+        lambda: records.save_predictions(tmp_path, [1]),
+    ):
+        with pytest.raises(UserError, match=FULL.format(tmp_path)):
+            save()
+    assert records.read(tmp_path).seed == 1
+
+
+def test_a_lock_that_cannot_be_made_names_the_folder(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        UserError, match="cannot write in run folder '.*file/run': Not a directory; .*LRA_RUNS"
+    ):
+        with records.lock(tmp_path / "file" / "run"):
+            pass
+    monkeypatch.setattr(Path, "mkdir", disk_full)
+    with pytest.raises(UserError, match=FULL.format(tmp_path / "run")):
+        with records.lock(tmp_path / "run"):
+            pass
+
+
+def test_a_lock_that_cannot_name_its_process_is_not_held(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (0, hard)
+    )  # files can be made, but no byte fits, as on a full disk
+    try:
+        with pytest.raises(UserError, match="cannot write in run folder .*: File too large; .*LRA_RUNS"):
+            with records.lock(tmp_path):
+                pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert records.run_state(tmp_path) == "interrupted"
+
+
+def test_errors_of_the_work_under_a_lock_are_its_own(tmp_path):
+    with pytest.raises(OSError, match="of the work"):
+        with records.lock(tmp_path):
+            raise OSError("of the work")
+    assert records.run_state(tmp_path) == "interrupted"
 
 
 def test_retries_move_old_attempts(tmp_path):
@@ -152,7 +206,9 @@ def test_a_locked_folder_is_running_and_names_its_process(tmp_path):
         try:
             assert holder.stdout.readline() == b"held\n"
             assert records.run_state(tmp_path / "run") == "running"
-            with pytest.raises(UserError, match=rf"run folder '.*run' is in use by process {holder.pid} on"):
+            with pytest.raises(
+                records.Busy, match=rf"run folder '.*run' is in use by process {holder.pid} on"
+            ):
                 with records.lock(tmp_path / "run"):
                     pass
         finally:
@@ -231,6 +287,52 @@ def test_broken_records_are_named(tmp_path, text, why):
         records.load(tmp_path)
     (tmp_path / "some.jsonl").write_text(json.dumps(make().to_dict()) + "\n" + text)
     with pytest.raises(UserError, match=f"broken record in '.*some.jsonl', line 2: .*{why}"):
+        records.load(tmp_path / "some.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "why"),
+    [
+        ("status", "banana", "one of ok, oom, diverged, failed, interrupted, unsupported, not 'banana'"),
+        ("kind", "banana", "one of train, measure, not 'banana'"),
+        ("test_accuracy", 17.0, "a fraction from 0 to 1, not 17.0"),
+        ("val_accuracy", -0.5, "a fraction from 0 to 1, not -0.5"),
+        ("majority_accuracy", 1.01, "a fraction from 0 to 1"),
+        ("seed", 10**19, "a whole number of at most 64 bits, not 10000000000000000000"),
+        ("seed", 10**400, "int, not 1000"),
+        ("num_params", 2**63, "from 0 to 9223372036854775807"),
+        ("step_ms", 10**400, "float, not 1000"),
+        ("deviations", "text", "a list, not 'text'"),
+    ],
+)
+def test_values_that_no_run_can_find_are_named(tmp_path, key, value, why):
+    (tmp_path / "record.json").write_text(json.dumps(make().to_dict() | {key: value}))
+    with pytest.raises(UserError, match=f"broken record '.*record.json': {key} should be {why}"):
+        records.load(tmp_path)
+
+
+AMOUNTS = [n for n, kind in records.FIELDS.items() if kind in (int, float) and n != "seed"]
+
+
+@pytest.mark.parametrize("name", AMOUNTS)
+def test_no_amount_is_negative(name):
+    assert getattr(Record.from_dict(make().to_dict() | {name: 0}), name) == 0
+    with pytest.raises(ValueError, match=f"{name} should be .*, not -4"):
+        Record.from_dict(make().to_dict() | {name: -4})
+
+
+def test_the_ends_of_every_range_reach_a_table(tmp_path):
+    ends = dict(
+        test_accuracy=1, val_accuracy=0, seed=-3, num_params=2**63 - 1, step_ms=10**300, tokens_per_s=0
+    )
+    records.write(make(**ends), tmp_path)
+    row = records.load(tmp_path).iloc[0]
+    assert all(row[name] == value for name, value in ends.items())
+
+
+def test_a_file_of_lines_that_is_not_text_is_named(tmp_path):
+    (tmp_path / "some.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="cannot read '.*some.jsonl'"):
         records.load(tmp_path / "some.jsonl")
 
 

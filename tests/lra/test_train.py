@@ -70,9 +70,9 @@ def test_the_run_id_names_task_model_length_seed_and_config(tiny):
 def test_the_same_seed_gives_the_same_bits(tiny):
     first = run.execute(compose(tiny("model.dropout=0.2")))
     folder = records.runs_root() / first.run_id
-    before = lines(folder), torch.load(folder / "checkpoint/best.pt")
+    before = lines(folder), torch.load(folder / "checkpoint/best.pt")["model"]
     run.execute(compose(tiny("model.dropout=0.2")), force=True)
-    after = lines(folder), torch.load(folder / "checkpoint/best.pt")
+    after = lines(folder), torch.load(folder / "checkpoint/best.pt")["model"]
     assert before[0] == after[0]
     for name, value in before[1].items():
         assert torch.equal(value, after[1][name]), name
@@ -105,6 +105,25 @@ def test_a_run_stopped_and_resumed_equals_the_unbroken_run(tiny, tmp_path, monke
         assert torch.equal(value, resumed.model.state_dict()[name]), name
     assert found["test_accuracy"] == expected["test_accuracy"] and found["num_steps"] == 20
     assert lines(tmp_path / "whole") == lines(tmp_path / "broken")
+
+
+def test_a_signal_during_the_last_evaluation_ends_the_run_and_the_next_try_only_scores_it(
+    tiny, tmp_path, monkeypatch
+):
+    broken = trainer(tiny(), tmp_path / "run")
+    evaluate = broken.evaluate
+
+    def stop_at_the_end(split: str):
+        if broken.state.step == 20:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(split)
+
+    monkeypatch.setattr(broken, "evaluate", stop_at_the_end)
+    with pytest.raises(Stop):
+        broken.run()
+    resumed = trainer(tiny(), tmp_path / "run")
+    assert resumed.run()["num_steps"] == 20
+    assert lines(tmp_path / "run")[-1]["step"] == 20
 
 
 def test_a_checkpoint_of_another_config_is_refused(tiny, tmp_path):
