@@ -6,8 +6,8 @@ import os
 import sys
 from pathlib import Path
 
-# Waiting OpenMP threads spin for long by default; on a machine where anything else runs, small models then train
-# ten times slower. This many turns of the loop cost nothing on a quiet one. Read when torch's OpenMP loads.
+# Waiting OpenMP threads spin for long by default; where anything else runs on the machine, small models then
+# train ten times slower. This many turns cost nothing on a quiet one. Read when torch's OpenMP loads.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 __version__ = "0.1.0"
