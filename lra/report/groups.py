@@ -295,13 +295,18 @@ def _labels(model: str, configs: list[tuple[Any, list[dict]]]) -> list[str]:
         own = next((own_of(run) for run in runs if own_of(run)), {})
         fields = {k: next((r[k] for r in runs if r[k] is not None), None) for k in SHOWN_DIFFERENCES}
         described.append((own, fields))
+    lists = [fields["deviations"] or [] for _, fields in described]
+    for _, fields in described:  # what all share tells none of them apart
+        fields["deviations"] = [
+            d for d in fields["deviations"] or [] if not all(d in other for other in lists)
+        ]
     parts: list[list[str]] = [[] for _ in configs]
     for source in (0, 1):  # the mechanism's own parameters say more than the sizes they lead to
         for key in dict.fromkeys(k for d in described for k in d[source]):
             values = [d[source].get(key) for d in described]
             if len({json.dumps(v, sort_keys=True, default=str) for v in values}) > 1:
                 for part, value in zip(parts, values, strict=True):
-                    part += [] if value is None else [value_text(key, value)]
+                    part += [] if value in (None, []) else [value_text(key, value)]
         if len({tuple(part) for part in parts}) == len(parts):
             break
     labels = [f"{model} ({', '.join(part)})" if part else model for part in parts]

@@ -271,3 +271,11 @@ def test_unknown_format_and_arrangement_name_the_choices(frame):
         render.render(tables.build(frame), "latex")
     with pytest.raises(UserError, match="did you mean 'task'.*length, task"):
         tables.build(frame, "tasks")
+
+
+def test_a_label_names_only_the_deviations_that_tell_configurations_apart(tmp_path):
+    write_run(tmp_path, "softmax", 0, 0.3, config_hash="a", deviations=["seeded", "train.lr=0.1"])
+    write_run(tmp_path, "softmax", 1, 0.3, config_hash="b", deviations=["seeded"])
+    (table,) = tables.build(records.load(tmp_path))
+    assert {row["mechanism"] for row in table.rows} == {"softmax (train.lr=0.1)", "softmax"}
+    assert "all rows deviate from the paper: seeded" in table.footnotes
