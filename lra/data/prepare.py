@@ -2,7 +2,7 @@
 
 A build writes into a hidden folder beside the final one, which appears by a rename when every byte is on the
 disk. A lock file keeps two processes from building the same variant; the second waits and then finds it done.
-What a killed build left behind is removed by the next one.
+The next build goes on from the last checkpoint of a killed one; without a checkpoint it removes what is left.
 """
 
 import contextlib
@@ -14,7 +14,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from lra.data.store import Store, StoreWriter, data_root, open_store, prepare_command, store_path, sync_folder
+from lra.data.store import Store, data_root, open_store, prepare_command, store_path, sync_folder
+from lra.data.writer import StoreWriter
 from lra.errors import UserError
 from lra.tasks.base import Progress, Task
 
@@ -63,19 +64,9 @@ def _existing(task: Task, length: int) -> Store:
 
 def _build(task: Task, length: int, path: Path, workers: int | None, progress: Progress | None) -> None:
     partial, replaced = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.replaced")
-    for leftover in (partial, replaced):
-        if leftover.exists():
-            log.warning("removing %s, which a killed build left behind", leftover)
-            shutil.rmtree(leftover)
+    shutil.rmtree(replaced, ignore_errors=True)
     _require_space(task, length)
-    writer = StoreWriter(
-        partial,
-        dtype=task.dtype,
-        documents=task.documents,
-        num_classes=task.num_classes,
-        vocab_size=task.vocab_size,
-        stored=task.stored,
-    )
+    writer = StoreWriter(partial, task, length)
     try:
         task.build(writer, length=length, workers=workers, progress=progress)
         writer.finish(
@@ -83,11 +74,13 @@ def _build(task: Task, length: int, path: Path, workers: int | None, progress: P
             variant_name=task.variant_name(length),
             variant=task.variant(length),
             description=task.description,
-            vocabulary=task.vocabulary(),
         )
-    except BaseException:
+    except BaseException as error:
         writer.close()
-        shutil.rmtree(partial, ignore_errors=True)
+        if writer.resumable and not isinstance(error, Exception):  # Ctrl-C, not a fault
+            log.warning("what was built so far stays in %s; the same command goes on from there", partial)
+        else:
+            shutil.rmtree(partial, ignore_errors=True)
         raise
     if path.exists():
         path.rename(replaced)

@@ -7,8 +7,6 @@ import numpy as np
 from lra.data.store import Split, Store, summary
 from lra.tasks.base import Task
 
-CHUNK = 1 << 22
-"""Numbers counted in one go, so that a large split never has to fit into memory."""
 _MOST_FREQUENT = 20
 
 
@@ -51,8 +49,8 @@ def statistics(task: Task, store: Store, split_name: str) -> dict[str, Any]:
 def symbol_counts(split: Split) -> np.ndarray:
     """How often each stored number occurs, [largest number + 1]."""
     counts = np.zeros(np.iinfo(split.tokens.dtype).max + 1, np.int64)
-    for start in range(0, len(split.tokens), CHUNK):
-        counts += np.bincount(split.tokens[start : start + CHUNK], minlength=len(counts))
+    for _, part in split.chunks():
+        counts += np.bincount(part.tokens, minlength=len(counts))
     return counts[: np.flatnonzero(counts).max() + 1]
 
 

@@ -1,18 +1,18 @@
-"""A data set on disk: flat files and a manifest, written once and read through memory maps.
+"""A data set on disk: flat files and a manifest, written by `lra.data.writer`, read through memory maps.
 
 One folder per variant:
   manifest.json         what it is, where it came from, counts, hashes
-  <split>.tokens.bin    all documents end to end: ids (0 never occurs) or raw pixels, uint8 or little-endian
-  int16 <split>.offsets.bin   int64 [rows * documents + 1]: document j of row i starts at offsets[i *
-  documents + j] <split>.labels.bin    uint8 [rows]
+  <split>.tokens.bin    all documents end to end: ids (0 never occurs) or raw pixels, uint8 or
+                        little-endian int16
+  <split>.offsets.bin   int64 [rows * documents + 1]: document j of row i starts at offsets[i * documents + j]
+  <split>.labels.bin    uint8 [rows]
 """
 
-import contextlib
 import hashlib
 import json
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
@@ -21,14 +21,15 @@ from typing import Any
 
 import numpy as np
 
-import lra
 from lra.data import data_root
 from lra.errors import UserError, unknown
-from lra.tasks.base import SPLITS, Task, canonical, row_digests
+from lra.tasks.base import SPLITS, Task, canonical
 
 FORMAT_VERSION = 1
 QUANTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99)
 PARTS = {"tokens": None, "offsets": "<i8", "labels": "|u1"}
+CHUNK_BYTES = 1 << 24
+"""About how much of a split is read in one go, so that a large one never has to fit into memory."""
 
 
 def store_path(task: Task, length: int) -> Path:
@@ -73,6 +74,31 @@ class Split:
     def lengths(self) -> np.ndarray:
         """The length of each document, [rows * documents]."""
         return np.diff(self.offsets)
+
+    def part(self, start: int, stop: int) -> "Split":
+        """Rows start .. stop - 1 as a split of their own, in memory, with offsets from 0.
+
+        They are read from the file, not through the memory map: pages of a map count as memory of this
+        process for as long as the map lives.
+        """
+        offsets = np.array(self.offsets[start * self.documents : stop * self.documents + 1])
+        first, last = int(offsets[0]), int(offsets[-1])
+        if isinstance(self.tokens, np.memmap):
+            position = self.tokens.offset + first * self.tokens.itemsize
+            tokens = np.fromfile(self.tokens.filename, self.tokens.dtype, last - first, offset=position)
+        else:
+            tokens = self.tokens[first:last]
+        return Split(self.name, tokens, offsets - first, self.labels[start:stop], self.documents)
+
+    def chunks(self) -> Iterator[tuple[int, "Split"]]:
+        """(first row, part) of one part after another, each of about CHUNK_BYTES."""
+        ends = self.offsets[:: self.documents]
+        start, numbers = 0, CHUNK_BYTES // self.tokens.itemsize
+        while start < len(self):
+            stop = int(np.searchsorted(ends, ends[start] + numbers, side="right")) - 1
+            stop = min(max(stop, start + 1), len(self))
+            yield start, self.part(start, stop)
+            start = stop
 
 
 class Store:
@@ -171,133 +197,6 @@ def read_manifest(path: Path, remedy: str) -> dict[str, Any]:
     return manifest
 
 
-class StoreWriter:
-    """Streams rows into a new folder and hashes them on the way; `finish` writes the manifest, last.
-
-    The folder is not the final one: `lra.data.prepare` renames it when it is complete.
-    """
-
-    def __init__(
-        self, folder: Path, *, dtype: str, documents: int, num_classes: int, vocab_size: int, stored: str
-    ):
-        folder.mkdir(parents=True)
-        self.folder, self.documents, self.stored = folder, documents, stored
-        self.num_classes, self.vocab_size = num_classes, vocab_size
-        self.dtype = disk_dtype("tokens", dtype)
-        self._description: dict[str, Any] = {}
-        self._splits: dict[str, _SplitWriter] = {}
-
-    def describe(self, **fields: Any) -> None:
-        """Manifest fields that only the build knows: source, data_origin, generator, notes."""
-        self._description |= fields
-
-    def add(self, split: str, documents: Sequence[np.ndarray], label: int) -> None:
-        """One row."""
-        offsets = np.cumsum([0] + [len(document) for document in documents])
-        flat = documents[0] if len(documents) == 1 else np.concatenate(documents)
-        self.add_rows(split, flat, offsets, np.array([label]))
-
-    def add_rows(self, split: str, flat: np.ndarray, offsets: np.ndarray, labels: np.ndarray) -> None:
-        """Many rows: flat numbers, offsets [rows * documents + 1] that start at 0, labels [rows]."""
-        if len(labels) == 0:
-            return
-        low = 0 if self.stored == "pixels" else 1
-        high = 255 if self.stored == "pixels" else self.vocab_size - 1
-        high = min(high, np.iinfo(self.dtype).max)
-        assert len(offsets) == len(labels) * self.documents + 1, "offsets do not fit the labels"
-        assert offsets[0] == 0 and offsets[-1] == len(flat), "offsets do not fit the numbers"
-        assert (np.diff(offsets) > 0).all(), "a document without tokens"
-        assert low <= flat.min() and flat.max() <= high, "a number out of range"
-        assert labels.min() >= 0 and labels.max() < self.num_classes, "a label out of range"
-        if split not in self._splits:
-            assert split in SPLITS
-            self._splits[split] = _SplitWriter(self.folder, split)
-        self._splits[split].add_rows(flat.astype(self.dtype, copy=False), offsets, labels, self.documents)
-
-    def close(self) -> None:
-        """Close the files of a build that is given up."""
-        for writer in self._splits.values():
-            for file in writer.files.values():
-                with contextlib.suppress(OSError):  # a full disk cannot take the last buffer either
-                    file.handle.close()
-
-    def finish(self, *, vocabulary: list[str], **fields: Any) -> dict[str, Any]:
-        """Flush everything to the disk and write the manifest, which it returns."""
-        empty = [split for split in SPLITS if split not in self._splits]
-        if empty:
-            raise UserError(
-                f"the source has no rows for {', '.join(empty)}; each of {', '.join(SPLITS)} needs some"
-            )
-        splits = {split: self._splits[split] for split in SPLITS}
-        files = {file.name: file.finish() for writer in splits.values() for file in writer.files.values()}
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            **fields,
-            **self._description,
-            "input": self.stored,
-            "documents": self.documents,
-            "num_classes": self.num_classes,
-            "dtype": self.dtype.name,
-            "vocab_size": self.vocab_size,
-            "vocabulary": vocabulary,
-            "vocabulary_sha256": vocabulary_hash(vocabulary),
-            "splits": {split: writer.summary(self.num_classes) for split, writer in splits.items()},
-            "duplicates": duplicates({split: writer.digests for split, writer in splits.items()}),
-            "files": files,
-            "data_hash": data_hash(files, vocabulary),
-            "written_by": f"lra {lra.__version__}",
-        }
-        manifest["manifest_sha256"] = manifest_hash(manifest)
-        with open(self.folder / "manifest.json", "w") as handle:
-            json.dump(manifest, handle, indent=1)
-            handle.flush()
-            os.fsync(handle.fileno())
-        sync_folder(self.folder)
-        return manifest
-
-
-class _HashedFile:
-    def __init__(self, path: Path) -> None:
-        self.name, self.size, self._sha256 = path.name, 0, hashlib.sha256()
-        self.handle = open(path, "wb", buffering=1 << 20)  # noqa: SIM115  it stays open for the whole build
-
-    def write(self, numbers: np.ndarray) -> None:
-        data = np.ascontiguousarray(numbers).data.cast("B")
-        self._sha256.update(data)
-        self.handle.write(data)
-        self.size += len(data)
-
-    def finish(self) -> dict[str, Any]:
-        self.handle.flush()
-        os.fsync(self.handle.fileno())
-        self.handle.close()
-        return {"size": self.size, "sha256": self._sha256.hexdigest()}
-
-
-class _SplitWriter:
-    """The three files of one split, and what the manifest says about it."""
-
-    def __init__(self, folder: Path, split: str) -> None:
-        self.files = {part: _HashedFile(folder / file_name(split, part)) for part in PARTS}
-        self.files["offsets"].write(np.zeros(1, disk_dtype("offsets", "")))
-        self.lengths: list[np.ndarray] = []
-        self.labels: list[np.ndarray] = []
-        self.digests: list[bytes] = []
-        self._end = 0
-
-    def add_rows(self, flat: np.ndarray, offsets: np.ndarray, labels: np.ndarray, documents: int) -> None:
-        self.files["tokens"].write(flat)
-        self.files["offsets"].write((offsets[1:] + self._end).astype("<i8"))
-        self.files["labels"].write(labels.astype(np.uint8))
-        self._end += len(flat)
-        self.lengths.append(np.diff(offsets).astype(np.int64))
-        self.labels.append(labels.astype(np.uint8))
-        self.digests += row_digests(flat, offsets, documents)
-
-    def summary(self, num_classes: int) -> dict[str, Any]:
-        return summary(np.concatenate(self.lengths), np.concatenate(self.labels), num_classes)
-
-
 def summary(lengths: np.ndarray, labels: np.ndarray, num_classes: int) -> dict[str, Any]:
     """Rows, tokens, label counts and quantiles (in percent) of the document lengths of a split."""
     quantiles = np.quantile(lengths, np.array(QUANTILES) / 100, method="inverted_cdf")
@@ -312,6 +211,11 @@ def summary(lengths: np.ndarray, labels: np.ndarray, num_classes: int) -> dict[s
             "max": int(lengths.max()),
         },
     }
+
+
+def smallest_dtype(vocab_size: int) -> str:
+    """The name of the smallest type on disk that holds every id."""
+    return "uint8" if vocab_size <= 256 else "int16"
 
 
 def duplicates(digests: dict[str, list[bytes]]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from lra.data.store import (
     open_store,
     prepare_command,
     read_manifest,
+    smallest_dtype,
     store_path,
     summary,
     vocabulary_hash,
@@ -49,13 +50,15 @@ def verify(task: Task, length: int) -> list[Finding]:
     digests = {}
     for name in SPLITS:
         try:
-            split = _read_split(path, name, task)
+            split = _read_split(path, name, task, manifest["dtype"])
         except (OSError, ValueError) as error:
             findings.append(Finding(f"{name} rows", False, f"cannot be read: {error}"))
             continue
-        findings += _check_split(split, manifest, task)
+        found, digests[name] = _check_split(split, manifest, task)
+        findings += found
+        if name == "train" and task.vocabulary() is None:
+            findings += task.check_vocabulary(manifest["vocabulary"], split)
         findings += task.check_rows(split, length)
-        digests[name] = row_digests(np.asarray(split.tokens), split.offsets, split.documents)
     findings.append(_check_duplicates(digests, manifest["duplicates"], task))
     return findings
 
@@ -68,18 +71,20 @@ def _equal(what: str, recorded: Any, found: Any) -> Finding:
 
 def _check_manifest(manifest: dict[str, Any], task: Task, length: int) -> list[Finding]:
     intact = manifest_hash(manifest) == manifest["manifest_sha256"]
-    vocabulary = task.vocabulary()
+    held, expected = manifest["vocabulary"], task.vocabulary()
+    fixed = expected is not None
     wrong = [
-        f"{index}: {held!r}, not {expected!r}"
-        for index, (held, expected) in enumerate(zip(manifest["vocabulary"], vocabulary, strict=False))
-        if held != expected
+        f"{index}: {found!r}, not {wanted!r}"
+        for index, (found, wanted) in enumerate(zip(held, expected or (), strict=False))
+        if found != wanted
     ]
-    if len(manifest["vocabulary"]) != len(vocabulary):
-        wrong.append(f"{len(manifest['vocabulary'])} symbols, not {len(vocabulary)}")
-    if manifest["vocabulary_sha256"] != vocabulary_hash(manifest["vocabulary"]):
+    if fixed and len(held) != len(expected):
+        wrong.append(f"{len(held)} symbols, not {len(expected)}")
+    if manifest["vocabulary_sha256"] != vocabulary_hash(held):
         wrong.append("its SHA-256 in the manifest is of another vocabulary")
     shape = ("input", "documents", "num_classes", "dtype", "vocab_size")
-    expected_shape = (task.stored, task.documents, task.num_classes, task.dtype, task.vocab_size)
+    dtype, vocab_size = (task.dtype, task.vocab_size) if fixed else (smallest_dtype(len(held)), len(held))
+    expected_shape = (task.stored, task.documents, task.num_classes, dtype, vocab_size)
     return [
         Finding(
             "manifest",
@@ -89,7 +94,7 @@ def _check_manifest(manifest: dict[str, Any], task: Task, length: int) -> list[F
         _equal("variant", manifest["variant"], task.variant(length)),
         _equal("variant name", manifest["variant_name"], task.variant_name(length)),
         _equal("kind of numbers", [manifest[key] for key in shape], list(expected_shape)),
-        Finding("vocabulary", not wrong, "; ".join(wrong) or f"{len(vocabulary)} entries"),
+        Finding("vocabulary", not wrong, "; ".join(wrong) or f"{len(held)} entries"),
     ]
 
 
@@ -109,10 +114,12 @@ def _check_file(path: Path, entry: dict[str, Any] | None) -> tuple[Finding, str 
     return Finding(what, same, f"{size:,} bytes" if same else "its bytes changed (SHA-256 differs)"), sha256
 
 
-def _read_split(path: Path, name: str, task: Task) -> Split:
+def _read_split(path: Path, name: str, task: Task, dtype: str) -> Split:
     """The split if its files fit together; ValueError or OSError says why they do not."""
+    if dtype not in ("uint8", "int16"):
+        raise ValueError(f"dtype {dtype} is none of uint8 and int16")
     tokens, offsets, labels = (
-        np.memmap(path / file_name(name, part), disk_dtype(part, task.dtype), mode="c") for part in PARTS
+        np.memmap(path / file_name(name, part), disk_dtype(part, dtype), mode="r") for part in PARTS
     )
     if len(offsets) != len(labels) * task.documents + 1:
         raise ValueError(f"{len(offsets):,} offsets do not fit {len(labels):,} labels")
@@ -126,12 +133,16 @@ def _read_split(path: Path, name: str, task: Task) -> Split:
     return Split(name, tokens, offsets, labels.astype(np.int64), task.documents)
 
 
-def _check_split(split: Split, manifest: dict[str, Any], task: Task) -> list[Finding]:
+def _check_split(split: Split, manifest: dict[str, Any], task: Task) -> tuple[list[Finding], list[bytes]]:
+    """Findings, and the digests of the rows. The tokens are read once, a part after the other."""
     found = summary(split.lengths, split.labels, task.num_classes)
     recorded = manifest["splits"].get(split.name, {})
     pixels = task.stored == "pixels"
-    low, high = (0, 255) if pixels else (1, task.vocab_size - 1)
-    smallest, largest = int(split.tokens.min()), int(split.tokens.max())
+    low, high = (0, 255) if pixels else (1, manifest["vocab_size"] - 1)
+    smallest, largest, digests = high, low, []
+    for _, part in split.chunks():
+        smallest, largest = min(smallest, int(part.tokens.min())), max(largest, int(part.tokens.max()))
+        digests += row_digests(part.tokens, part.offsets, part.documents)
     top = int(split.labels.max())
     return [
         _equal(f"{split.name} rows", recorded.get("rows"), found["rows"]),
@@ -144,7 +155,7 @@ def _check_split(split: Split, manifest: dict[str, Any], task: Task) -> list[Fin
             low <= smallest and largest <= high,
             f"{smallest} to {largest}, allowed {low} to {high}",
         ),
-    ]
+    ], digests
 
 
 def _check_duplicates(digests: dict[str, list[bytes]], recorded: dict[str, Any], task: Task) -> Finding:

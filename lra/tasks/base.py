@@ -20,7 +20,8 @@ from lra.errors import UserError
 from lra.schema import setting
 
 if TYPE_CHECKING:
-    from lra.data.store import Split, StoreWriter
+    from lra.data.store import Split
+    from lra.data.writer import StoreWriter
 
 SPLITS = ("train", "val", "test")
 PADDING = "<pad>"
@@ -64,7 +65,8 @@ class Task:
     default_length: ClassVar[int]
     vocab_size: ClassVar[int]
     """Ids including the padding id 0. Pixels are stored raw (0 to 255); as tokens they are pixel + 1, so
-    257.
+    257. Where the data decide the vocabulary this is a usual size, for measuring without data; training asks
+    the store.
     """
     documents: ClassVar[int] = 1
     input: ClassVar[str] = "tokens"
@@ -75,6 +77,11 @@ class Task:
     """The smallest of uint8 and int16 that holds every stored number."""
     disjoint: ClassVar[bool] = True
     """Whether one row in two splits is a fault. Where the source itself repeats rows it is only counted."""
+
+    @property
+    def scaling(self) -> tuple[float, float]:
+        """(mean, std) on the scale of the stored pixels; a continuous input is (pixel - mean) / std."""
+        raise NotImplementedError
 
     def check(self) -> None:
         """Raises UserError for settings that are not allowed or would change nothing."""
@@ -122,13 +129,23 @@ class Task:
         """
         raise NotImplementedError
 
-    def vocabulary(self) -> list[str]:
-        """The meaning of each id, id 0 first; empty for pixels."""
+    def vocabulary(self) -> list[str] | None:
+        """The meaning of each id, id 0 first; empty for pixels; None where the data decide it, and the build
+        then hands it to the writer.
+        """
         raise NotImplementedError
+
+    def check_vocabulary(self, vocab: list[str], train: "Split") -> list[Finding]:
+        """Whether a vocabulary that the data decide is the one that the stored training rows give."""
+        return []
 
     def decode(self, tokens: np.ndarray, vocab: list[str]) -> str:
         """One document as text for people."""
         raise NotImplementedError
+
+    def class_names(self) -> list[str]:
+        """The meaning of each label."""
+        return [str(label) for label in range(self.num_classes)]
 
     def check_rows(self, split: "Split", length: int) -> list[Finding]:
         """What only this task can verify about stored rows."""

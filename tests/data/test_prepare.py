@@ -13,7 +13,7 @@ import pytest
 from synthetic_tasks import Synthetic
 
 from lra.data import prepare as module
-from lra.data import store as stores
+from lra.data import writer
 from lra.data.prepare import prepare
 from lra.data.store import open_store, store_path
 from lra.errors import UserError
@@ -130,7 +130,7 @@ def test_a_full_disk_is_a_message_and_leaves_nothing(root, monkeypatch):
     def write(self, numbers):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(stores._HashedFile, "write", write)
+    monkeypatch.setattr(writer._HashedFile, "write", write)
     with pytest.raises(UserError, match="is full; nothing of this data set was kept.*LRA_DATA"):
         prepare(Synthetic(), 50)
     assert folders(root) == []

@@ -8,7 +8,8 @@ import pytest
 from synthetic_tasks import SHAPES, Pairs, Pixels, Synthetic, Wide
 
 from lra.data.prepare import prepare
-from lra.data.store import StoreWriter, data_hash, data_root, open_store
+from lra.data.store import data_hash, data_root, open_store
+from lra.data.writer import StoreWriter
 from lra.errors import UserError
 
 
@@ -48,11 +49,10 @@ def test_the_documents_of_a_row_lie_side_by_side():
 
 
 def test_bulk_rows_and_single_rows_give_the_same_files(root):
-    shape = {"dtype": "uint8", "documents": 1, "num_classes": 3, "vocab_size": 20, "stored": "tokens"}
     rows = Synthetic().rows_of("train", 40)
     manifests = []
     for bulk in (True, False):
-        writer = StoreWriter(root / str(bulk), **shape)
+        writer = StoreWriter(root / str(bulk), Synthetic(), 40)
         for split in ("train", "val", "test"):
             if bulk:
                 flat = np.concatenate([documents[0] for documents, _ in rows])
@@ -61,7 +61,7 @@ def test_bulk_rows_and_single_rows_give_the_same_files(root):
             else:
                 for documents, label in rows:
                     writer.add(split, documents, label)
-        manifests.append(writer.finish(vocabulary=[]))
+        manifests.append(writer.finish())
     assert manifests[0] == manifests[1]
 
 
@@ -156,16 +156,14 @@ def test_images_of_every_size_of_the_benchmark_fit(length):
     [([np.array([0, 1], np.uint8)], 0), ([np.array([20], np.uint8)], 0), ([np.array([1], np.uint8)], 3)],
 )
 def test_a_task_that_writes_padding_or_unknown_ids_or_labels_fails_at_once(row, root):
-    shape = {"dtype": "uint8", "documents": 1, "num_classes": 3, "vocab_size": 20, "stored": "tokens"}
-    writer = StoreWriter(root / "x", **shape)
+    writer = StoreWriter(root / "x", Synthetic(), 40)
     with pytest.raises(AssertionError):
         writer.add("train", *row)
 
 
 def test_a_source_without_a_split_is_refused(root):
-    shape = {"dtype": "uint8", "documents": 1, "num_classes": 3, "vocab_size": 20, "stored": "tokens"}
-    writer = StoreWriter(root / "x", **shape)
+    writer = StoreWriter(root / "x", Synthetic(), 40)
     writer.add("train", [np.array([1], np.uint8)], 0)
     with pytest.raises(UserError, match="no rows for val, test"):
-        writer.finish(vocabulary=[])
+        writer.finish()
     writer.close()
