@@ -37,8 +37,8 @@ PATIENCE = 1 << 22
 IDS = {symbol: index + 1 for index, symbol in enumerate(SYMBOLS)}
 _OPERATORS = ("[MIN", "[MAX", "[MED", "[SM")
 FILES_WANTED = (
-    "Name the folder that holds LRA's basic_train.tsv, basic_val.tsv and basic_test.tsv, or a tar archive "
-    "of it (lra_release.gz)"
+    "Name the folder that holds LRA's basic_train.tsv, basic_val.tsv and basic_test.tsv, or a tar or zip "
+    "archive of it (lra_release.gz)"
 )
 
 

@@ -1,27 +1,24 @@
-"""Reading the ListOps files of the Long Range Arena: basic_{train,val,test}.tsv, in a folder or a tar
-archive.
+"""Reading the ListOps files of the Long Range Arena: basic_{train,val,test}.tsv, in a folder, a tar
+or a zip.
 
 Tab-separated with the header `Source<TAB>Target`. Source is a fully parenthesised application, as in
 `( ( ( [MAX 2 ) 9 ) ] )`; without its parentheses it is the row as it is stored.
 """
 
 import csv
-import gzip
 import io
-import tarfile
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
+from lra.data import archives
 from lra.errors import UserError
 from lra.tasks import listops_generator
 from lra.tasks.base import SPLITS, Progress
 from lra.tasks.listops import FILES_WANTED, IDS, LRA_LENGTH, LRA_ROWS, SYMBOLS
 
 _FILES = {f"basic_{split}.tsv": split for split in SPLITS}
-_BROKEN_ARCHIVE = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile)
 _FOLDERS = (".", "listops-1000", "lra_release/listops-1000", "lra_release/lra_release/listops-1000")
 
 
@@ -62,7 +59,7 @@ def read(source: Path, writer, length: int, progress: Progress | None) -> None:
 
 
 def _tables(path: Path) -> Iterator[tuple[str, str, Iterable[str]]]:
-    """(split, file name, lines) of each of LRA's three files in a folder or a tar archive."""
+    """(split, file name, lines) of each of LRA's three files in a folder or an archive."""
     for folder in (path / name for name in _FOLDERS):
         if all((folder / name).is_file() for name in _FILES):
             for name, split in _FILES.items():
@@ -71,18 +68,13 @@ def _tables(path: Path) -> Iterator[tuple[str, str, Iterable[str]]]:
             return
     left = dict(_FILES)
     if path.is_file():
-        try:
-            with tarfile.open(path) as archive:
-                for member in archive:
-                    split = left.pop(Path(member.name).name, None) if member.isfile() else None
-                    if split is not None:
-                        lines = io.TextIOWrapper(archive.extractfile(member), "utf-8", newline="")
-                        yield split, Path(member.name).name, lines
-                    if not left:
-                        return
-        except _BROKEN_ARCHIVE as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{path} cannot be read as a tar archive ({reason}). {FILES_WANTED}") from error
+        if not archives.is_archive(path):
+            raise UserError(f"{path} cannot be read: it is not a tar or zip archive. {FILES_WANTED}")
+        for name, content in archives.members(path, lambda name: Path(name).name in left):
+            file = Path(name).name
+            yield left.pop(file), file, io.TextIOWrapper(io.BytesIO(content), "utf-8", newline="")
+            if not left:  # LRA's release holds the files twice; the first ones do
+                return
     raise UserError(f"{path} lacks {', '.join(left)}. {FILES_WANTED}")
 
 
@@ -114,7 +106,7 @@ def _batches(
         ) from error
     except UserError:
         raise
-    except (csv.Error, ValueError, *_BROKEN_ARCHIVE) as error:
+    except (csv.Error, ValueError) as error:
         raise UserError(f"{name} line {reader.line_num}: cannot be read ({error})") from error
     if rows:
         yield numbers, rows, labels

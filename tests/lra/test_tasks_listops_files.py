@@ -1,6 +1,7 @@
 """LRA's own ListOps files as a source: read exactly, refused with the line of any fault."""
 
 import tarfile
+import zipfile
 
 import numpy as np
 import pytest
@@ -76,12 +77,51 @@ def test_generated_rows_written_as_lra_files_come_back_the_same(tmp_path):
     assert read.data_hash == made.data_hash and read.path != made.path
 
 
-def test_an_archive_is_read_like_its_folder(tmp_path):
+def write_archive(tmp_path, name):
     write_tables(tmp_path / "a" / "lra_release" / "listops-1000", sample())
-    with tarfile.open(tmp_path / "lra_release.gz", "w:gz") as archive:
-        archive.add(tmp_path / "a" / "lra_release", "lra_release")
-    from_archive = prepare(ListOps(source=str(tmp_path / "lra_release.gz")), 60)
+    files = sorted((tmp_path / "a").rglob("*.tsv"))
+    if name.endswith(".zip"):
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            for file in files:
+                archive.write(file, file.relative_to(tmp_path / "a"))
+    else:
+        with tarfile.open(tmp_path / name, "w:gz") as archive:
+            for file in files:
+                archive.add(file, file.relative_to(tmp_path / "a"))
+    return tmp_path / name
+
+
+@pytest.mark.parametrize("name", ["lra_release.gz", "listops.zip"])
+def test_an_archive_is_read_like_its_folder(tmp_path, name):
+    from_archive = prepare(ListOps(source=str(write_archive(tmp_path, name))), 60)
     assert stored_rows(from_archive) == sample()
+
+
+def test_the_first_of_two_copies_in_an_archive_is_read(tmp_path):
+    write_tables(tmp_path / "a", sample())
+    other = {split: rows[::-1] for split, rows in sample().items()}
+    write_tables(tmp_path / "b", other)
+    with tarfile.open(tmp_path / "lra_release.gz", "w:gz") as archive:
+        archive.add(tmp_path / "b", "lra_release/listops-1000")
+        archive.add(tmp_path / "a", "lra_release/lra_release/listops-1000")
+    assert stored_rows(prepare(ListOps(source=str(tmp_path / "lra_release.gz")), 60)) == other
+
+
+def test_a_truncated_archive_is_named(tmp_path):
+    path = write_archive(tmp_path, "lra_release.gz")
+    path.write_bytes(path.read_bytes()[:-400])
+    with pytest.raises(UserError, match="lra_release.gz cannot be read as an archive"):
+        prepare(ListOps(source=str(path)), 60)
+
+
+def test_an_archive_without_one_of_the_files_is_refused_with_its_name(tmp_path):
+    path = write_archive(tmp_path, "listops.zip")
+    with zipfile.ZipFile(path) as whole, zipfile.ZipFile(tmp_path / "part.zip", "w") as part:
+        for name in whole.namelist():
+            if "val" not in name:
+                part.writestr(name, whole.read(name))
+    with pytest.raises(UserError, match="part.zip lacks basic_val.tsv. Name the folder"):
+        prepare(ListOps(source=str(tmp_path / "part.zip")), 60)
 
 
 def test_only_files_of_the_size_of_lra_count_as_original(tmp_path, monkeypatch):
