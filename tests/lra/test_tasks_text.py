@@ -1,7 +1,10 @@
 """Text from every form of source, its held-out split, and the messages for missing or faulty sources."""
 
 import csv
+import json
 import tarfile
+import zipfile
+from collections import Counter
 
 import datasets
 import numpy as np
@@ -11,8 +14,10 @@ from pyarrow import parquet
 
 from lra.data.prepare import prepare
 from lra.data.store import store_path
+from lra.data.verify import verify
 from lra.errors import UserError
 from lra.tasks import text as module
+from lra.tasks.base import canonical
 from lra.tasks.text import Text
 
 
@@ -86,13 +91,22 @@ def as_archive(folder, splits=SPLITS):
     return folder / "aclImdb_v1.tar.gz"
 
 
+def as_zip(folder, splits=SPLITS):
+    as_folder(folder / "unpacked", splits)
+    with zipfile.ZipFile(folder / "reviews.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in sorted((folder / "unpacked").rglob("*.txt")):
+            archive.write(path, path.relative_to(folder / "unpacked"))
+        archive.writestr("__MACOSX/aclImdb/train/pos/._0_7.txt", b"\x00\x05\x16\x07 not a review")
+    return folder / "reviews.zip"
+
+
 def as_hub_layout(folder, splits=SPLITS):
     for part, rows in splits.items():
         write_parquet(folder / "plain_text" / f"{part}-00000-of-00001.parquet", rows)
     return folder
 
 
-FORMS = (as_parquet, as_csv, as_one_csv, as_folder, as_archive, as_hub_layout)
+FORMS = (as_parquet, as_csv, as_one_csv, as_folder, as_archive, as_zip, as_hub_layout)
 
 
 def stored(store, name):
@@ -178,6 +192,19 @@ def test_only_the_texts_of_imdb_count_as_original(tmp_path, monkeypatch):
     assert prepare(Text(source=source), 4000, force=True).data_origin == "original"
 
 
+def test_the_archive_may_lie_among_the_sources_as_it_is(root):
+    as_archive(root / "sources")
+    store = prepare(Text(), 4000)
+    assert store.manifest["source"] == str((root / "sources" / "aclImdb_v1.tar.gz").resolve())
+
+
+def test_an_archive_without_reviews_is_refused_with_what_is_wanted(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("train/pos.txt", "not a review")
+    with pytest.raises(UserError, match="x.zip holds no aclImdb/train/pos. Wanted: imdb_train.parquet"):
+        prepare(Text(source=str(tmp_path / "x.zip")), 4000)
+
+
 def test_without_a_source_the_data_root_is_looked_at_first(root):
     as_csv(root / "sources" / "imdb")
     store = prepare(Text(), 4000)
@@ -238,7 +265,7 @@ def test_a_file_that_is_not_utf8_is_named(tmp_path):
 def test_a_missing_column_is_named_with_those_there_are(tmp_path):
     (tmp_path / "reviews.csv").write_text("review,label\nfine,1\n")
     with pytest.raises(
-        UserError, match="no column text, split.*train and a test file.*it has: review, label"
+        UserError, match="no column text, split.*a file for each split.*it has: review, label"
     ):
         prepare(Text(source=str(tmp_path / "reviews.csv")), 4000)
 
@@ -269,3 +296,74 @@ def test_a_place_that_does_not_exist_is_not_taken_for_a_hub_id(source):
 def test_a_folder_without_reviews_is_refused_with_what_is_wanted(tmp_path):
     with pytest.raises(UserError, match="holds no IMDb. Wanted: imdb_train.parquet"):
         prepare(Text(source=str(tmp_path)), 4000)
+
+
+def test_the_variants_of_bytes_are_those_that_were_always_there():
+    held_out = '{"data_seed":0,"held_out":0.1,"reader":1,"task":"text","unit":"byte","val":"heldout"}'
+    assert canonical(Text().variant(4000)).decode() == held_out
+    assert canonical(Text(val="test").variant(16)).decode() == (
+        '{"reader":1,"task":"text","unit":"byte","val":"test"}'
+    )
+    assert Text(data_seed=2).variant_name(16) == "imdb-bytes-seed2"
+    assert Text(val="test").variant_name(16) == "imdb-bytes-val-test (validation is the test split)"
+
+
+def test_the_variant_of_characters_names_the_length_and_min_freq():
+    chars = Text(unit="char").variant(512)
+    assert chars == Text().variant(512) | {"unit": "char", "min_freq": 15, "length": 512}
+    assert json.loads(json.dumps(chars)) == chars
+
+
+@pytest.mark.parametrize(
+    ("values", "name"),
+    [
+        ({}, "imdb-chars-512"),
+        ({"data_seed": 3}, "imdb-chars-512-seed3"),
+        ({"min_freq": 2}, "imdb-chars-512 (min_freq=2)"),
+        ({"val": "test"}, "imdb-chars-512-val-test (validation is the test split)"),
+        (
+            {"val": "test", "min_freq": 2},
+            "imdb-chars-512-val-test (validation is the test split, min_freq=2)",
+        ),
+    ],
+)
+def test_the_name_of_a_variant_of_characters_says_how_it_was_made(values, name):
+    task = Text(unit="char", **values)
+    assert task.variant_name(512) == name
+    assert task.folder_name(512).rpartition("-")[0] == name.split()[0]
+
+
+@pytest.mark.parametrize("val", ["heldout", "test"])
+def test_characters_are_counted_over_the_rows_that_are_train_in_the_variant(val, tmp_path):
+    source = str(as_parquet(tmp_path / "s"))
+    task = Text(source=source, val=val, unit="char", min_freq=37)
+    store = prepare(task, 24)
+    of_bytes = stored(prepare(Text(source=source, val=val), 24), "train")
+    counts = Counter("".join(text[:23] for text, _ in of_bytes))
+    assert sorted(store.vocab[3:]) == sorted(c for c, count in counts.items() if count >= 37)
+    assert ("ï" in store.vocab) == (val == "test")  # once in each of the 40 reviews, 4 of them held out
+    shown = task.decode(store.split("train").row(0)[0], store.vocab)
+    kept = "".join(c if counts[c] >= 37 else "<unk>" for c in of_bytes[0][0][:23])
+    assert shown == f"{kept}<eos>"
+    assert all(finding.ok for finding in verify(task, 24))
+
+
+def test_characters_are_held_out_like_bytes(tmp_path):
+    source = str(as_parquet(tmp_path / "s"))
+    task = Text(source=source, unit="char", min_freq=1)
+    store, of_bytes = prepare(task, 4000), prepare(Text(source=source), 4000)
+    for part in ("train", "val"):
+        split = store.split(part)
+        shown = [(task.decode(split.row(i)[0], store.vocab), split.labels[i]) for i in range(len(split))]
+        assert shown == [(f"{text}<eos>", label) for text, label in stored(of_bytes, part)]
+
+
+def test_an_id_that_is_too_rare_for_the_vocabulary_is_a_fault(tmp_path):
+    task = Text(source=str(as_parquet(tmp_path / "s")), unit="char", min_freq=2)
+    store = prepare(task, 64)
+    tokens = np.fromfile(store.path / "train.tokens.bin", np.uint8)
+    rare = np.flatnonzero(tokens == len(store.vocab) - 1)
+    tokens[rare[1:]] = 3
+    tokens.tofile(store.path / "train.tokens.bin")
+    faults = [finding.what for finding in verify(task, 64) if not finding.ok]
+    assert "vocabulary counts" in faults and "file train.tokens.bin" in faults
