@@ -1,4 +1,4 @@
-"""`lra data prepare|verify|show|export|stats TASK|all [key=value ...] [--flags]`.
+"""`lra data prepare|verify|show|stats|export|solve TASK|all [key=value ...] [--flags]`.
 
 What selects data is an override (`length=`, `task.<field>=`); what shapes output is a flag. Results go to
 standard output, progress and messages to standard error.
@@ -17,6 +17,7 @@ from typing import Any
 
 from lra import tasks
 from lra.arguments import Parser
+from lra.data import data_root
 from lra.data import store as stores
 from lra.data.export import export
 from lra.data.prepare import prepare
@@ -69,18 +70,16 @@ def _selected(args: argparse.Namespace) -> list[tuple[Task, int]]:
     """What the command line selects; with `all` each setting goes to the tasks that have it."""
     if args.task != "all":
         return resolve(args.task, args.overrides)
-    if any(override.startswith("task.source=") for override in args.overrides):
-        raise UserError("task.source= names the place of one task's data; name the task instead of 'all'")
-    keys = {
-        name: {"length", *(f"task.{f.name}" for f in dataclasses.fields(tasks.get(name)))}
-        for name in tasks.names()
-    }
+    for key, meaning in (("task.source", "the place of one task's data"), ("length", "one task's length")):
+        if any(override.startswith(f"{key}=") for override in args.overrides):
+            raise UserError(f"{key}= is {meaning}; name the task instead of 'all'")
+    keys = {name: {f"task.{f.name}" for f in dataclasses.fields(tasks.get(name))} for name in tasks.BENCHMARK}
     for key in (override.partition("=")[0] for override in args.overrides):
         if not any(key in known for known in keys.values()):
             raise unknown("setting", key, set().union(*keys.values()))
     return [
         pair
-        for name in tasks.names()
+        for name in tasks.BENCHMARK
         for pair in resolve(name, [o for o in args.overrides if o.partition("=")[0] in keys[name]])
     ]
 
@@ -124,7 +123,7 @@ def _prepare(args: argparse.Namespace) -> int:
 def _print_plans(
     selected: dict[Path, tuple[Task, int]], plans: dict[Path, Plan | UserError], force: bool
 ) -> None:
-    rows = []
+    rows, mib, seconds = [], 0.0, 0.0
     for path, (task, length) in selected.items():
         plan, name = plans[path], task.variant_name(length)
         if path.is_dir() and not force:
@@ -133,6 +132,9 @@ def _print_plans(
             rows.append([name, "no source", "", "", ""])
         else:
             rows.append([name, plan.source, f"{plan.rows:,}", f"{plan.mib:,.1f}", f"{plan.seconds:,.0f}"])
+            mib, seconds = mib + plan.mib, seconds + plan.seconds
+    if len(rows) > 1:
+        rows.append(["in all", "", "", f"{mib:,.1f}", f"{seconds:,.0f}"])
     print(_table(("variant", "source", "rows", "about MiB", "about s"), rows), flush=True)
     print()
 
@@ -175,33 +177,91 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
-    shown = []
-    for task, length in _selected(args):
-        store = stores.open_store(task, length)
-        rows = examples(task, store, args.split or "train", 3 if args.limit is None else args.limit)
-        shown.append({"variant": store.data_variant, "examples": rows})
+    shown, selected = [], _selected(args)
+    if args.out is not None and len(selected) > 1:
+        raise UserError(
+            f"--out {args.out} takes one variant, {len(selected)} are named; show them one by one"
+        )
+    for task, length in selected:
+        store, split = stores.open_store(task, length), args.split or "train"
+        rows = examples(task, store, split, 3 if args.limit is None else args.limit)
+        picture = None
+        if task.stored == "pixels" or args.out is not None:
+            from lra.data.pictures import grid
+
+            picture = str(grid(task, store, split, args.out or _picture(store, split)))
+        shown.append({"variant": store.data_variant, "examples": rows, "picture": picture})
         if not args.json:
             print(f"{store.data_variant}\n\n{examples_text(rows)}")
+            print(f"pictures: {picture}\n" if picture else "", end="")
     if args.json:
         print(json.dumps(shown, indent=1))
     return 0
 
 
+def _picture(store: stores.Store, name: str) -> Path:
+    """The place of a picture of this variant where no --out names one."""
+    folder = data_root() / "pictures"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{store.path.name}-{name}.png"
+
+
 def _stats(args: argparse.Namespace) -> int:
-    counted = []
-    for task, length in {stores.store_path(*pair): pair for pair in _selected(args)}.values():
+    from lra.data.pictures import charts
+
+    counted, selected = [], {stores.store_path(*pair): pair for pair in _selected(args)}
+    if args.out is not None and len(selected) > 1:
+        raise UserError(
+            f"--out {args.out} takes one variant, {len(selected)} are named; draw them one by one"
+        )
+    for task, length in selected.values():
         store = stores.open_store(task, length)
         splits = {split: statistics(task, store, split) for split in ([args.split] if args.split else SPLITS)}
         generator = store.manifest.get("generator") or {}
         accepted = generator["accepted"] / generator["attempts"] if "attempts" in generator else None
-        counted.append({"variant": store.data_variant, "draws accepted": accepted, "splits": splits})
+        chart = str(charts(task, store, splits, args.out or _picture(store, "stats")))
+        counted.append(
+            {"variant": store.data_variant, "draws accepted": accepted, "splits": splits, "picture": chart}
+        )
         if not args.json:
             share = "" if accepted is None else f"   draws accepted {100 * accepted:.2f} %"
             print(f"{store.data_variant}   {store.data_origin}   {store.data_hash}{share}\n")
             for split, numbers in splits.items():
                 print(f"[{split}]\n{statistics_text(numbers)}\n")
+            print(f"charts: {chart}\n")
     if args.json:
         print(json.dumps(counted, indent=1))
+    return 0
+
+
+def _solve(args: argparse.Namespace) -> int:
+    import torch
+
+    from lra.data.solve import Setting, solve
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    given = {key: getattr(args, key) for key in ("epochs", "seed", "width", "time_limit")}
+    given = {key: value for key, value in given.items() if value is not None}
+    results = []
+    for task, length in _selected(args):
+        store = stores.open_store(task, length)
+        setting = Setting(rows=args.limit, shuffled=args.shuffled, **given)
+
+        def report(epoch: int, loss: float, epochs: int = setting.epochs) -> None:
+            print(f"epoch {epoch} of {epochs}: mean loss {loss:.4f}", file=sys.stderr, flush=True)
+
+        result = {"task": task.name, **solve(store, setting, device, report=report)}
+        results.append(result)
+        if not args.json:
+            wanted = " (chance is wanted: the labels are shuffled)" if args.shuffled else ""
+            print(
+                f"{result['variant']}: {100 * result['test_accuracy']:.1f} % of {result['test_images']:,} "
+                f"test images{wanted}, {100 * result['train_accuracy']:.1f} % of training images; "
+                f"{result['train_images']:,} images, {result['epochs']} epochs, {result['train_s']:,} s on "
+                f"{result['device']}"
+            )
+    if args.json:
+        print(json.dumps(results, indent=1))
     return 0
 
 
@@ -274,26 +334,55 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _seed(text: str) -> int:
+    if not text.isdigit() or int(text) >= 1 << 63:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 0")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of seconds above 0")
+    return seconds
+
+
 _FLAGS: dict[str, dict[str, Any]] = {
     "--force": {"action": "store_true", "help": "build again what is already there"},
     "--workers": {"type": _count, "metavar": "N", "help": "threads (default: one for each processor)"},
     "--split": {"choices": SPLITS, "help": "which split"},
     "--limit": {"type": _count, "metavar": "N", "help": "the first N rows only"},
-    "--out": {"type": Path, "metavar": "F.npz", "help": "the file to write"},
+    "--out": {"type": Path, "metavar": "FILE", "help": "the file to write"},
     "--json": {"action": "store_true", "help": "print JSON"},
+    "--shuffled": {"action": "store_true", "help": "with labels in random order, as a control"},
+    "--epochs": {"type": _count, "metavar": "N", "help": "passes over the training images (default: 10)"},
+    "--width": {"type": _count, "metavar": "N", "help": "channels at 16 x 16 pixels (default: 64)"},
+    "--seed": {"type": _seed, "metavar": "N", "help": "of the weights and the order (default: 0)"},
+    "--time-limit": {"type": _seconds, "metavar": "S", "help": "end training within so many seconds"},
 }
 _ACTIONS = {
     "prepare": _Action(_prepare, "build or import data", ("--force", "--workers", "--json")),
     "verify": _Action(_verify, "read stored data back and check everything about them", ("--json",)),
-    "show": _Action(_show, "print examples", ("--split", "--limit", "--json")),
+    "show": _Action(
+        _show, "print examples, and draw those of image tasks", ("--split", "--limit", "--out", "--json")
+    ),
+    "stats": _Action(_stats, "lengths, labels and vocabulary, with charts", ("--split", "--out", "--json")),
     "export": _Action(_export, "write rows to an .npz file", ("--split", "--limit", "--out", "--json")),
-    "stats": _Action(_stats, "lengths, labels and vocabulary", ("--split", "--json")),
+    "solve": _Action(
+        _solve,
+        "whether a small CNN can learn the labels of an image task",
+        ("--shuffled", "--limit", "--epochs", "--width", "--seed", "--time-limit", "--json"),
+    ),
 }
 
 
 def _summary() -> str:
     lines = [f"  {name:8} {action.help} ({', '.join(action.flags)})" for name, action in _ACTIONS.items()]
-    return "\n".join([*lines, f"\ntasks: {', '.join(tasks.names())}"])
+    everything = f"all: {', '.join(tasks.BENCHMARK)}"
+    return "\n".join([*lines, f"\ntasks: {', '.join(tasks.names())}\n{everything}"])
 
 
 def _parse(name: str, action: _Action, argv: Sequence[str]) -> argparse.Namespace:

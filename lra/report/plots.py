@@ -1,7 +1,6 @@
 """Figures: accuracy against speed, with memory as the area of a marker."""
 
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lra.errors import UserError
 from lra.report import groups as grouping
 from lra.report.cells import number
+from lra.report.figure import FAINT, INK, LOOK, check_path, save
 from lra.report.groups import Group, Row
 from lra.report.labels import Box, Spot, place_labels
 from lra.report.style import Style, styles
@@ -18,23 +18,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SUFFIXES = (".png", ".svg", ".pdf")
 PANELS = 4  # per figure
 LARGEST, SMALLEST, UNKNOWN = 560.0, 12.0, 32.0  # drawn areas in square points
-INK, FAINT = "#222222", "#8A8A8A"
 LEVELS = {"identity": (0, (5, 3)), "majority class": (0, (1, 2))}  # line styles
 SPEEDS = {"tokens_per_s": "tokens/s", "examples_per_s": "examples/s"}
-LOOK = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": FAINT,
-    "axes.labelcolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "svg.hashsalt": "lra",  # the same records give the same file
-}
 
 
 @dataclass(frozen=True)
@@ -61,11 +48,7 @@ def accuracy_speed(frame: "pd.DataFrame", path: str | Path) -> list[Path]:
     .png, .svg and .pdf, for a path that cannot be written, and if no run has both an accuracy and a speed.
     """
     path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
-        raise UserError(f"cannot draw '{path}': a figure ends in {', '.join(SUFFIXES)}; rename the output")
-    if not path.parent.is_dir() or path.is_dir():
-        what = "is a folder" if path.is_dir() else f"'{path.parent}' is not a folder"
-        raise UserError(f"cannot write '{path}': {what}; name a file in an existing folder")
+    check_path(path)
     import matplotlib
 
     groups = grouping.train_groups(frame, ties=False)
@@ -85,22 +68,9 @@ def accuracy_speed(frame: "pd.DataFrame", path: str | Path) -> list[Path]:
         number_of = first // PANELS + 1
         target = path if first == 0 else path.with_name(f"{path.stem}-{number_of}{path.suffix}")
         with matplotlib.rc_context(LOOK):
-            _save(_draw(panels[first : first + PANELS], looks, SPEEDS[speed]), target)
+            save(_draw(panels[first : first + PANELS], looks, SPEEDS[speed]), target)
         written.append(target)
     return written
-
-
-def _save(figure: "Figure", path: Path) -> None:
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    undated = {} if path.suffix.lower() == ".png" else {"metadata": {"CreationDate": None}}
-    undated = {"metadata": {"Date": None}} if path.suffix.lower() == ".svg" else undated
-    try:
-        figure.savefig(temporary, dpi=200, **undated)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write '{path}': {error.strerror}; choose another place") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _panel(group: Group, speed: str) -> _Panel:

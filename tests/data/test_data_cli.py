@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from lra.data import cli
 from lra.data.store import open_store
@@ -14,6 +15,7 @@ from lra.tasks.text import Text
 
 SMALL = ["task.num_train=50", "task.num_val=10", "task.num_test=10"]
 LISTOPS = ["listops", "length=32", *SMALL]
+PATHFINDERS = ("pathfinder32-hard", "pathfinder128-hard")
 TASK = ListOps(num_train=50, num_val=10, num_test=10)
 
 
@@ -40,6 +42,28 @@ def reviews(root):
     lines = [f"{'great' if i % 2 else 'dull'} film {i},{i % 2}" for i in range(40)]
     for part in ("train", "test"):
         (place / f"{part}.csv").write_text("\n".join(["text,label", *(f"{part} {line}" for line in lines)]))
+
+
+@pytest.fixture
+def papers(root):
+    place = root / "sources" / "aan"
+    (place / "texts").mkdir(parents=True)
+    for name in ("A1", "B2"):
+        (place / "texts" / f"{name}.txt").write_text(f"paper {name}")
+    rows = [f"{split}\t{label}\tA1\tB2" for split in ("train", "eval", "test") for label in (0, 1)]
+    (place / "pairs.tsv").write_text("\n".join(["split\tlabel\tid1\tid2", *rows, ""]))
+
+
+@pytest.fixture
+def photographs(root):
+    rng = np.random.default_rng(0)
+    for part in ("train", "test"):
+        for label in range(10):
+            folder = root / "sources" / "cifar10" / part / str(label)
+            folder.mkdir(parents=True)
+            for number in range(2):
+                pixels = rng.integers(0, 256, (32, 32, 3)).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
 
 
 def test_prepare_prints_its_plan_and_what_it_made(run):
@@ -72,17 +96,27 @@ def test_overrides_and_flags_mix_in_any_order(run):
     assert len(open_store(TASK, 32).split("train")) == 50
 
 
-def test_prepare_all_does_every_task(run, reviews):
-    status, out, err = run("prepare", "all", "length=32", *SMALL)
-    assert status == 0 and "imdb-bytes" in out and "listops-32" in out and err == ""
+def test_prepare_all_does_the_six_tasks_of_the_benchmark(run, reviews, papers, photographs):
+    status, out, err = run("prepare", "all", *SMALL, "task.num_images=20")
+    assert status == 0 and err == ""
+    plan, _, made = out.partition("\n\n")
+    for name in ("listops-2000", "imdb-bytes", "aan-bytes", "cifar10-gray", *PATHFINDERS):
+        assert name in plan and name in made
+    assert plan.splitlines()[-1].startswith("in all") and "pathfinder64" not in out
+    assert run("verify", "pathfinder32", "task.num_images=20")[0] == 0
+    again = run("prepare", "all", *SMALL, "task.num_images=20")[1]
+    assert again.count("already there") == 6
 
 
-def test_prepare_all_does_what_it_can_and_names_what_is_missing(run, root, monkeypatch):
+def test_prepare_all_does_what_it_can_and_names_what_is_missing(run, root, photographs):
     (root / "sources" / "imdb").mkdir(parents=True)
-    status, out, err = run("prepare", "all", "length=32", *SMALL)
+    status, out, err = run("prepare", "all", *SMALL, "task.num_images=20")
     assert status == 1
-    assert open_store(TASK, 32).data_hash in out
-    assert err.startswith("lra: text: ") and "imdb_train.parquet" in err and "task.source=DIR" in err
+    assert all(name in out for name in ("listops-2000", "cifar10-gray", *PATHFINDERS))
+    text, retrieval = err.splitlines()
+    assert text.startswith("lra: text: ") and "imdb_train.parquet" in text and "task.source=DIR" in text
+    assert retrieval.startswith("lra: retrieval: ") and "new_aan_pairs.train.tsv" in retrieval
+    assert str(root / "sources" / "aan") in retrieval
 
 
 def test_a_task_that_cannot_be_prepared_is_one_message_and_status_2(run, root):
@@ -130,6 +164,32 @@ def test_show_prints_reviews(run, reviews):
     ]
 
 
+def test_show_prints_both_papers_of_a_pair(run, papers):
+    run("prepare", "retrieval")
+    _, out, _ = run("show", "retrieval", "--limit", "1")
+    assert "train 0   label 0   length 11 and 11" in out and "b'paper A1'" in out and "b'paper B2'" in out
+
+
+def test_show_draws_images_and_says_where(run, root, photographs, tmp_path):
+    run("prepare", "image")
+    status, out, _ = run("show", "image", "--split", "test", "--limit", "1")
+    (picture,) = (root / "pictures").glob("cifar10-gray-*-test.png")
+    assert status == 0 and f"pictures: {picture}" in out and Image.open(picture).size[1] > 1000
+    chosen = str(tmp_path / "mine.png")
+    assert json.loads(run("show", "image", "--out", chosen, "--json")[1])[0]["picture"] == chosen
+    assert Image.open(chosen).size[1] > 1000
+
+
+def test_solve_says_how_many_images_a_network_gets_right(run):
+    small = ["pathfinder32", "task.num_images=400"]
+    run("prepare", *small)
+    status, out, err = run("solve", *small, "--epochs", "1", "--width", "4", "--limit", "256")
+    assert status == 0 and " % of 40 test images" in out and "256 images, 1.0 epochs" in out
+    assert "epoch 1 of 1: mean loss" in err
+    (result,) = json.loads(run("solve", *small, "--epochs", "1", "--width", "4", "--shuffled", "--json")[1])
+    assert result["shuffled_labels"] and result["train_images"] == 320 and 0 <= result["test_accuracy"] <= 1
+
+
 def test_stats_count_lengths_labels_and_symbols(run):
     run("prepare", *LISTOPS)
     status, out, _ = run("stats", *LISTOPS, "--json")
@@ -142,6 +202,7 @@ def test_stats_count_lengths_labels_and_symbols(run):
     assert sum(train["symbols"].values()) == pytest.approx(1) and "<pad>" not in train["symbols"]
     assert train["symbols"]["]"] == pytest.approx((split.tokens == 15).mean())
     assert 0.03 < counted["draws accepted"] < 0.06
+    assert Image.open(counted["picture"]).size[0] > 1000
 
 
 def test_stats_for_people_name_each_quantity(run, reviews):
@@ -199,12 +260,21 @@ def test_export_of_the_first_rows_cuts_tokens_offsets_and_labels(run, tmp_path):
         (["prepare", "text", "task.val=tset"], "did you mean 'test'"),
         (["prepare", "all", "task.num_trian=3"], "did you mean 'task.num_train'"),
         (["prepare", "all", "task.source=here"], "name the task instead of 'all'"),
+        (["prepare", "all", "length=64"], "length= is one task's length; name the task instead of 'all'"),
+        (["prepare", "all", "task.val=test"], "has a validation split of its own"),
+        (["prepare", "image", "length=2048"], "its 32 x 32 pixels are length=1024"),
+        (["prepare", "pathx", "task.level=easy"], "unknown setting 'task.level'"),
+        (["prepare", "pathfinder32", "task.level=medium"], "available: easy, hard, intermediate"),
+        (["solve", "listops", "--seed", "-1"], "'-1' is not a whole number of at least 0"),
+        (["solve", "pathfinder32", "--time-limit", "0"], "'0' is not a number of seconds above 0"),
         (["prepare", "listops", "--workers", "0"], "'0' is not a whole number of at least 1"),
         (["verify", "listops", "--force"], "unrecognized arguments: --force"),
         (["show", "listops", "--split", "dev"], "invalid choice: 'dev'"),
         (["verify", "listops"], "run: lra data prepare listops length=2000"),
         (["export", "listops"], "add --out FILE.npz"),
         (["export", "listops", "length=32,64", "--out", "x.npz"], "takes one variant, 2 are named"),
+        (["stats", "listops", "length=32,64", "--out", "x.png"], "takes one variant, 2 are named"),
+        (["show", "listops", "length=32,64", "--out", "x.png"], "takes one variant, 2 are named"),
     ],
 )
 def test_a_wrong_command_is_one_message_and_status_2(run, argv, message):
@@ -222,7 +292,7 @@ def test_export_to_a_place_that_is_not_there_is_a_message(run):
 def test_help_lists_the_commands(run):
     status, out, _ = run("--help")
     assert status == 0 and all(
-        name in out for name in ("prepare", "verify", "show", "export", "stats", "listops")
+        name in out for name in ("prepare", "verify", "show", "export", "stats", "solve", "listops", "pathx")
     )
     assert run()[0] == 2
 

@@ -149,12 +149,13 @@ def test_every_model_composes_with_every_task_and_recipe():
     for task in tasks.names():
         for model in registry.names():
             for paper in config.options("paper"):
-                run = compose([f"task={task}", f"model={model}", f"paper={paper}"])
-                assert (run.task.name, run.model.name, run.paper.name) == (task, model, paper)
+                recipe = config.conf_dir() / "recipe" / paper / f"{task}.yaml"
+                if paper == "none" or recipe.is_file():
+                    run = compose([f"task={task}", f"model={model}", f"paper={paper}"])
+                    assert (run.task.name, run.model.name, run.paper.name) == (task, model, paper)
 
 
 def test_every_overlay_of_a_recipe_holds_known_settings_only():
-    """Overlays of tasks that are not built yet cannot be composed; their keys are checked all the same."""
     from omegaconf import OmegaConf
 
     backbone = set(schema.BackboneConfig.__dataclass_fields__)

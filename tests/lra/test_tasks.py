@@ -13,6 +13,14 @@ from lra import tasks
 from lra.data.store import prepare_command
 from lra.errors import UserError
 
+PINNED = {
+    "retrieval": "aan-bytes-d3cbb8b0",
+    "image": "cifar10-gray-a7b1f363",
+    "pathfinder32": "pathfinder32-hard-d60e8605",
+    "pathx": "pathfinder128-hard-900b3e0c",
+    "pathfinder64": "pathfinder64-hard-3719249f",
+    "pathfinder256": "pathfinder256-hard-94055f5d",
+}
 CONF = Path(__file__).parents[2] / "conf" / "task"
 
 
@@ -24,7 +32,8 @@ def test_an_unknown_task_gets_its_close_match_and_all_names():
 def test_importing_tasks_loads_no_heavy_library():
     code = (
         "import sys, lra.tasks, lra.data.store\n"
-        "print([m for m in ('numba', 'datasets', 'torch', 'pandas', 'pyarrow') if m in sys.modules])"
+        "[lra.tasks.get(name) for name in lra.tasks.names()]\n"
+        "print([m for m in ('numba', 'datasets', 'torch', 'pandas', 'pyarrow', 'PIL') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -63,7 +72,8 @@ def test_what_a_recipe_pads_to_does_not_rename_the_data(name):
 @pytest.mark.parametrize("name", tasks.names())
 @pytest.mark.parametrize("length", [0, -1, 10**6])
 def test_a_length_out_of_bounds_is_refused_with_the_bounds(name, length):
-    with pytest.raises(UserError, match=f"length={length} .* from [0-9]+ to [0-9]+"):
+    allowed = "are length=[0-9]+" if tasks.get(name).stored == "pixels" else "from [0-9]+ to [0-9]+"
+    with pytest.raises(UserError, match=f"length={length} .* {allowed}"):
         tasks.get(name)().check_length(length)
 
 
@@ -73,8 +83,39 @@ def test_a_seed_that_is_no_63_bit_number_is_refused(seed):
         tasks.get("listops")(data_seed=seed).check()
 
 
+def test_path_x_is_the_hard_pathfinder_of_128_pixels_and_shares_its_data():
+    pathx, pathfinder = tasks.get("pathx")(), tasks.get("pathfinder128")()
+    assert pathx.folder_name(16_384) == pathfinder.folder_name(16_384)
+    easy = tasks.get("pathfinder128")(level="easy")
+    assert easy.folder_name(16_384) != pathx.folder_name(16_384)
+
+
+@pytest.mark.parametrize("name", [name for name in tasks.names() if hasattr(tasks.get(name), "mean")])
+def test_a_continuous_input_is_scaled_as_its_settings_say(name):
+    task = tasks.get(name)(input="continuous", mean=0.25, std=0.5)
+    task.check()
+    assert task.scaling == (63.75, 127.5)
+    assert task.folder_name(task.default_length) == tasks.get(name)().folder_name(task.default_length)
+    with pytest.raises(UserError, match="task.mean=0.25 would change nothing"):
+        tasks.get(name)(mean=0.25).check()
+
+
+@pytest.mark.parametrize("name", tasks.BENCHMARK)
+def test_a_task_with_its_own_validation_split_refuses_the_test_split_for_it(name):
+    task = tasks.get(name)(val="test")
+    if name in ("text", "image"):
+        task.check()
+        assert task.folder_name(task.default_length) != tasks.get(name)().folder_name(task.default_length)
+    else:
+        with pytest.raises(UserError, match="val"):
+            task.check()
+
+
 def test_folder_names_are_pinned():
     listops, text = tasks.get("listops"), tasks.get("text")
+    for name, folder in PINNED.items():
+        task = tasks.get(name)()
+        assert task.folder_name(task.default_length) == folder
     assert listops().folder_name(2000) == "listops-2000-3f3b9b75"
     assert text().folder_name(4000) == text().folder_name(1000) == "imdb-bytes-44739474"
     assert text(val="test").folder_name(4000) == "imdb-bytes-val-test-8a82c057"

@@ -1,0 +1,106 @@
+"""Every kind of input trains: pixels as tokens, pixels as values, pairs of documents, characters."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from lra import run
+from lra.config import compose
+from lra.data.batch import Batches, decoding
+from lra.data.prepare import prepare
+
+MODEL = ["model.d_model=16", "model.d_ff=32", "model.num_layers=1", "train.num_steps=4", "train.eval_every=4"]
+PATHFINDER = ["task=pathfinder32", "task.num_images=100", "batch_size=8"]
+
+
+@pytest.fixture
+def papers(tmp_path, monkeypatch):
+    monkeypatch.setenv("LRA_DATA", str(tmp_path / "data"))
+    (tmp_path / "texts").mkdir()
+    for index in range(8):
+        (tmp_path / "texts" / f"P{index}.txt").write_text(f"paper {index} " * (index + 3))
+    rows = [f"{split}\t{i % 2}\tP{i}\tP{(i + 3) % 8}" for split in ("train", "val", "test") for i in range(8)]
+    (tmp_path / "pairs.tsv").write_text("\n".join(["split\tlabel\tid1\tid2", *rows, ""]))
+    return [f"task.source={tmp_path}", "batch_size=4"]
+
+
+@pytest.fixture
+def reviews(tmp_path, monkeypatch):
+    monkeypatch.setenv("LRA_DATA", str(tmp_path / "data"))
+    for part in ("train", "test"):
+        lines = [f"{part} {'great' if i % 2 else 'dull'} film {i},{i % 2}" for i in range(40)]
+        (tmp_path / f"{part}.csv").write_text("\n".join(["text,label", *lines]))
+    return [f"task.source={tmp_path}", "batch_size=8"]
+
+
+@pytest.mark.parametrize("more", [[], ["task.input=continuous"], ["task.input=continuous", "layout=padded"]])
+def test_pixels_train_as_tokens_and_as_values(more):
+    more = [item.replace("layout", "train.layout") for item in more]
+    record = run.execute(compose([*PATHFINDER, "model=linear", *MODEL, *more]))
+    assert record.status == "ok" and record.num_test == 10
+    assert record.data_origin == "regenerated" and record.length == 1024
+
+
+def test_tokens_and_values_are_different_runs_on_the_same_data():
+    tokens, values = (compose([*PATHFINDER, f"task.input={kind}"]) for kind in ("tokens", "continuous"))
+    store = prepare(tokens.task, tokens.length)
+    assert prepare(values.task, values.length).path == store.path
+    assert tokens.run_id(store.data_hash) != values.run_id(store.data_hash)
+
+
+@pytest.mark.parametrize("unit", ["byte", "char"])
+@pytest.mark.parametrize(
+    "model", ["linear", "luna"]
+)  # a packed path of its own, and one that is padded around
+def test_pairs_train(unit, model, papers):
+    config = compose(["task=retrieval", "length=64", f"model={model}", f"task.unit={unit}", *papers, *MODEL])
+    record = run.execute(config)
+    assert record.status == "ok" and record.num_test == 8 and record.data_origin == "stand_in"
+
+
+def test_characters_train_with_the_vocabulary_of_the_data(reviews):
+    overrides = [
+        "task=text",
+        "length=64",
+        "model=linear",
+        "task.unit=char",
+        "task.min_freq=2",
+        *reviews,
+        *MODEL,
+    ]
+    config = compose(overrides)
+    store = prepare(config.task, config.length)
+    assert store.vocab_size == len(store.vocab) != config.task.vocab_size
+    assert run.execute(config).status == "ok"
+
+
+def batch_of(overrides: list[str]) -> torch.Tensor:
+    config = compose([*PATHFINDER, *overrides])
+    split = prepare(config.task, config.length).split("train")
+    batches = Batches(
+        split, documents=1, length=1024, padded_length=1024, batch_size=8, device=torch.device("cpu"),
+        **decoding(config.task),
+    )  # fmt: skip
+    return batches.gather(np.arange(2)).inputs, np.asarray(split.tokens[:2048])
+
+
+def test_a_pixel_becomes_the_id_after_it_or_its_scaled_value():
+    inputs, pixels = batch_of([])
+    assert inputs.tolist() == (pixels.astype(int) + 1).tolist()
+    inputs, _ = batch_of(["task.input=continuous", "task.mean=0.25", "task.std=0.5"])
+    wanted = torch.from_numpy((pixels / 255 - 0.25) / 0.5).float().unsqueeze(-1)
+    torch.testing.assert_close(inputs, wanted)
+
+
+def test_a_prepared_image_task_opens_in_less_than_a_second():
+    import time
+
+    from lra.data.store import open_store
+
+    config = compose(PATHFINDER)
+    prepare(config.task, config.length)
+    started = time.perf_counter()
+    assert len(open_store(dataclasses.replace(config.task), config.length).split("train")) == 80
+    assert time.perf_counter() - started < 1
