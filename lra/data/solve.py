@@ -100,6 +100,7 @@ def solve(
     if len(train[1]) < setting.batch_size:
         raise UserError(f"{len(train[1])} training images are less than one batch of {setting.batch_size}")
     torch.manual_seed(setting.seed)
+    torch.backends.cudnn.benchmark = device.type == "cuda"  # one shape all along
     size, num_classes = train[0].shape[-1], store.manifest["num_classes"]
     model = SmallCNN(size, num_classes, width=setting.width, blocks=setting.blocks).to(device)
     model = model.to(memory_format=torch.channels_last)
