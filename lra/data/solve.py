@@ -5,15 +5,18 @@ and stays at chance on the others. Every copy, and every generator, is worth thi
 is believed. The network knows the picture's two dimensions, so its accuracy is no benchmark result.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lra import environment
 from lra.data.store import Split, Store
 from lra.errors import UserError
 
@@ -86,7 +89,7 @@ def solve(
     device: torch.device,
     *,
     report: Callable[[int, float], None] | None = None,
-) -> dict[str, float | int | bool | str]:
+) -> dict[str, Any]:
     """Train on `train`, count right answers on the first rows of `test`; `report` gets (epoch, mean loss)."""
     if store.manifest["input"] != "pixels":
         raise UserError(f"{store.data_variant} has no images; the network is for tasks made of pixels")
@@ -119,8 +122,7 @@ def solve(
             step += 1
             done = step / total
             if setting.time_limit is not None and index % 50 == 0:
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
+                environment.synchronize(device)
                 done = max(done, (time.perf_counter() - started) / setting.time_limit)
             if done >= 1:
                 break
@@ -128,7 +130,8 @@ def solve(
             report(epoch + 1, float(losses) / (index + 1))
         if done >= 1:
             break
-    right = _right(model, *test, setting.batch_size, device)
+    environment.synchronize(device)
+    trained, seen = time.perf_counter(), [part[: setting.test_rows] for part in train]
     return {
         "variant": store.data_variant,
         "data_hash": store.data_hash,
@@ -136,15 +139,16 @@ def solve(
         "shuffled_labels": setting.shuffled,
         "train_images": len(train[1]),
         "test_images": len(test[1]),
-        "test_accuracy": right / len(test[1]),
-        "train_accuracy": _right(model, train[0][:2000], train[1][:2000], setting.batch_size, device)
-        / min(2000, len(train[1])),
+        "test_accuracy": _right(model, *test, setting.batch_size, device) / len(test[1]),
+        "train_accuracy": _right(model, *seen, setting.batch_size, device) / len(seen[1]),
         "epochs": round(step / per_epoch, 2),
+        "train_s": round(trained - started, 1),
         "num_params": sum(p.numel() for p in model.parameters()),
-        "seed": setting.seed,
-        "train_s": round(time.perf_counter() - started, 1),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "torch": torch.__version__,
+        "setting": dataclasses.asdict(setting),
+        "device": environment.device_name(device),
+        "precision": "bf16" if device.type == "cuda" else "fp32",
+        "versions": environment.versions(),
+        "git_revision": environment.git_revision(),
     }
 
 

@@ -168,8 +168,6 @@ def _collect(place: Path, size: int, level: str, pixels: BinaryIO, progress: Pro
     for name, content in members(place, wanted, max_member=_LARGEST):
         root, within = _NAME.fullmatch(name).groups()
         root = root or ""
-        if root == skipped:
-            continue
         if found is None or root != found.root:
             inner = None if found is None else _inner_copy(found.root, root, size)
             if found is not None and inner is None:

@@ -389,7 +389,9 @@ def test_a_source_that_is_no_folder_or_archive_is_refused(tmp_path):
             prepare(Pathfinder32(source=str(tmp_path / name)), 1024)
 
 
-@pytest.mark.parametrize("name", ["curv_baseline", "curv_contour_length_9", "pathfinder64"])
+@pytest.mark.parametrize(
+    "name", ["curv_baseline", "curv_contour_length_9", "pathfinder64", f"pathfinder64/{HARD}"]
+)
 def test_a_folder_that_by_its_name_is_another_level_or_size_is_refused(name, tmp_path):
     place = as_folder(level_files(), tmp_path / name)
     with pytest.raises(UserError, match="is not pathfinder32 of level hard by its name"):

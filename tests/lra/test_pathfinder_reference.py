@@ -23,7 +23,7 @@ FEW = {
     (256, "intermediate"): 2,
     (256, "hard"): 3,
 }
-MANY = {32: 1500, 64: 25, 128: 60, 256: 150}
+MANY = {32: 1500, 64: 25, 128: 40, 256: 60}
 SETTINGS = [(size, level) for size in SIZES for level in LEVELS]
 
 

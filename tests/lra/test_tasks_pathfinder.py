@@ -1,6 +1,7 @@
 """Pathfinder as a task: settings, variants, generated data, resuming, verification and what is shown."""
 
 import dataclasses
+import json
 import threading
 
 import numpy as np
@@ -65,20 +66,21 @@ def test_path_x_shares_the_folder_of_pathfinder128_hard_and_of_no_other_level():
 
 
 def test_what_decides_the_bytes_names_the_folder_and_nothing_else_does():
-    names = [
-        task.folder_name(task.default_length)
-        for task in (
-            Pathfinder32(),
-            Pathfinder64(),
-            Pathfinder32(level="easy"),
-            Pathfinder32(data_seed=1),
-            Pathfinder32(num_images=100),
-            Pathfinder32(source="a"),
-            Pathfinder32(source="a", order="stored"),
-            Pathfinder32(source="a", split_seed=7),
-        )
-    ]
+    tasks = (
+        Pathfinder32(),
+        Pathfinder64(),
+        Pathfinder32(level="easy"),
+        Pathfinder32(data_seed=1),
+        Pathfinder32(num_images=100),
+        Pathfinder32(source="a"),
+        Pathfinder32(source="a", order="stored"),
+        Pathfinder32(source="a", split_seed=7),
+        Pathfinder32(source="a", level="easy"),
+    )
+    names = [task.folder_name(task.default_length) for task in tasks]
     assert len(set(names)) == len(names)
+    variants = [json.dumps(task.variant(task.default_length)) for task in tasks]
+    assert len(set(variants)) == len(variants)
     assert Pathfinder32(input="continuous", mean=0.1, std=0.2).folder_name(1024) == names[0]
     assert Pathfinder32(source="b").folder_name(1024) == names[5]
 
@@ -279,11 +281,11 @@ def test_verify_notices_a_pixel_that_is_not_the_generators(row):
     assert "test drawn again" in failed(SMALL)
 
 
-def test_verify_notices_an_image_without_its_full_range():
-    rewrite(prepare(SMALL, 1024), "tokens", lambda pixels: pixels.__setitem__(pixels == 255, 254))
-    assert "test grey levels" in failed(SMALL)
-    detail = next(f.detail for f in verify(SMALL, 1024) if f.what == "test grey levels")
-    assert detail == "20 images are not from 0 to 255"
+@pytest.mark.parametrize(("level", "neighbour"), [(255, 254), (0, 1)])
+def test_verify_notices_an_image_without_its_full_range(level, neighbour):
+    rewrite(prepare(SMALL, 1024), "tokens", lambda pixels: pixels.__setitem__(pixels == level, neighbour))
+    finding = next(f for f in verify(SMALL, 1024) if f.what == "test grey levels")
+    assert not finding.ok and finding.detail == "20 images are not from 0 to 255"
 
 
 def test_verify_notices_labels_that_are_no_fair_coin():
