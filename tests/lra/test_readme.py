@@ -4,6 +4,7 @@ Cheap commands run, on their own data and runs; those that train or measure for 
 stop there. A comment at the end of a line, as `# needs a GPU`, says what it needs beyond the quick start.
 """
 
+import json
 import re
 import shlex
 import subprocess
@@ -20,7 +21,7 @@ from lra.launch import sweep
 
 ROOT = Path(lra.__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-NEEDS = ("needs a GPU", "needs IMDb")
+NEEDS = ("needs a GPU", "needs IMDb", "needs CIFAR-10")
 
 
 def blocks(language: str) -> list[str]:
@@ -116,7 +117,7 @@ def test_data_commands_run_one_after_the_other(readers_folder, tmp_path, monkeyp
     monkeypatch.setenv("LRA_DATA", str(tmp_path / "data"))
     for line in of("data"):
         if is_marked(line):
-            assert resolve(words(line)[2], words(line)[3:])
+            assert words(line)[2:] == ["all"] or resolve(words(line)[2], words(line)[3:])
         else:
             assert cli.main(words(line)) == 0, line
 
@@ -146,3 +147,13 @@ def test_paths_in_the_text_exist():
     folders = "lra|models|conf|scripts|tests|results"
     named = re.findall(rf"`((?:{folders})/[a-z0-9_./-]*)`", README)  # NAME stands for one of the reader's
     assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+def test_what_the_network_gets_right_is_what_was_measured():
+    measured = [
+        json.loads(line) for line in (ROOT / "results/pathfinder/solve.jsonl").read_text().splitlines()
+    ]
+    shares = {(r["task"], r["shuffled_labels"]): 100 * r["test_accuracy"] for r in measured}
+    for task in ("pathfinder32", "pathx"):
+        row = f"| `{task}` | 160,000 | {shares[task, False]:.1f} % | {shares[task, True]:.1f} % |"
+        assert row in README
