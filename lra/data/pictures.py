@@ -100,11 +100,18 @@ def _lengths(axes: "Axes", store: Store, counted: dict[str, dict[str, Any]]) -> 
 
 
 def _grey_levels(axes: "Axes", store: Store, counted: dict[str, dict[str, Any]]) -> None:
+    drawn = []
     for split, numbers in counted.items():
         shares = {int(level): 100 * share for level, share in numbers["symbols"].items()}
         levels = sorted(shares)
-        axes.plot(levels, [shares[level] for level in levels], color=_TINTS[split], lw=0.9, label=split)
-    axes.set(xlabel="grey level", ylabel="share of pixels, % (log)", yscale="log")
+        drawn.append([shares[level] for level in levels])
+        axes.plot(levels, drawn[-1], color=_TINTS[split], lw=0.9, label=split)
+    axes.set(xlabel="grey level", ylabel="share of pixels, %")
+    if max(map(max, drawn)) > 100 * min(map(min, drawn)):
+        axes.set(ylabel="share of pixels, % (log)", yscale="log")
+        axes.yaxis.set_major_formatter("{x:g}")
+    else:
+        axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
 
 

@@ -11,16 +11,17 @@ _MOST_FREQUENT = 20
 
 
 def examples(task: Task, store: Store, split_name: str, limit: int) -> list[dict[str, Any]]:
-    """The first `limit` rows of a split, decoded: split, row, label, lengths, documents."""
-    split = store.split(split_name)
+    """The first `limit` rows of a split, decoded: split, row, label, class, lengths, documents."""
+    split, classes = store.split(split_name), task.class_names()
     shown = []
     for index in range(min(limit, len(split))):
-        documents = split.row(index)
+        documents, label = split.row(index), int(split.labels[index])
         shown.append(
             {
                 "split": split_name,
                 "row": index,
-                "label": int(split.labels[index]),
+                "label": label,
+                "class": classes[label],
                 "lengths": [len(document) for document in documents],
                 "documents": [task.decode(document, store.vocab) for document in documents],
             }
@@ -59,7 +60,10 @@ def examples_text(shown: list[dict[str, Any]]) -> str:
     parts = []
     for example in shown:
         lengths = " and ".join(f"{length:,}" for length in example["lengths"])
-        parts.append(f"{example['split']} {example['row']}   label {example['label']}   length {lengths}")
+        named = "" if example["class"] == str(example["label"]) else f" ({example['class']})"
+        parts.append(
+            f"{example['split']} {example['row']}   label {example['label']}{named}   length {lengths}"
+        )
         parts += [f"{document}\n" for document in example["documents"]]
     return "\n".join(parts)
 
@@ -71,11 +75,13 @@ def statistics_text(counted: dict[str, Any]) -> str:
         if not isinstance(value, dict):
             lines.append(f"{name}: {_percent(value) if name == 'majority' else format(value, ',')}")
             continue
-        if name in ("length", "operators per tree"):
+        if name == "length" and value["min"] == value["max"]:
+            shown = [f"{value['max']:,} in every document"]
+        elif name in ("length", "operators per tree"):
             shown = [f"{_quantile(key)} {_number(number)}" for key, number in value.items()]
         else:
             shown = [f"{key} {_percent(share)}" for key, share in list(value.items())[:_MOST_FREQUENT]]
-        more = f", ... ({len(value)} in all)" if len(value) > len(shown) else ""
+        more = f", ... ({len(value)} in all)" if len(value) > len(shown) > 1 else ""
         lines.append(f"{name}: {', '.join(shown)}{more}")
     return "\n".join(lines)
 

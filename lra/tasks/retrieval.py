@@ -73,6 +73,9 @@ class Retrieval(Written):
     def source_name(self) -> str | None:
         return None if self.source is None else f"{Path(self.source).expanduser().resolve()}"
 
+    def class_names(self) -> list[str]:
+        return ["unrelated", "citing"]
+
     def plan(self, length: int) -> Plan:
         source = retrieval_files.opened(self.source)
         longest = LONGEST if self.unit == "byte" else length

@@ -68,6 +68,9 @@ class Text(Written):
     def source_name(self) -> str | None:
         return None if self.source is None else text_files.located(self.source)[0]
 
+    def class_names(self) -> list[str]:
+        return ["negative", "positive"]
+
     def plan(self, length: int) -> Plan:
         rows, mib = (3 * ROWS, 95) if self.val == "test" else (2 * ROWS, 64)
         return Plan(text_files.opened(self.source)[0], rows, mib, 10)

@@ -160,14 +160,25 @@ def test_show_prints_reviews(run, reviews):
     status, out, _ = run("show", "text", "--split", "test", "--limit", "1", "--json")
     (shown,) = json.loads(out)
     assert status == 0 and shown["examples"] == [
-        {"split": "test", "row": 0, "label": 0, "lengths": [16], "documents": ["test dull film 0"]}
+        {
+            "split": "test",
+            "row": 0,
+            "label": 0,
+            "class": "negative",
+            "lengths": [16],
+            "documents": ["test dull film 0"],
+        }
     ]
 
 
 def test_show_prints_both_papers_of_a_pair(run, papers):
     run("prepare", "retrieval")
     _, out, _ = run("show", "retrieval", "--limit", "1")
-    assert "train 0   label 0   length 11 and 11" in out and "b'paper A1'" in out and "b'paper B2'" in out
+    assert (
+        "train 0   label 0 (unrelated)   length 11 and 11" in out
+        and "b'paper A1'" in out
+        and "b'paper B2'" in out
+    )
 
 
 def test_show_draws_images_and_says_where(run, root, photographs, tmp_path):
@@ -218,6 +229,8 @@ def test_stats_for_people_name_each_quantity(run, reviews):
         "draws accepted",
     ):
         assert part in out
+    run("prepare", "pathfinder32", "task.num_images=20")
+    assert "length: 1,024 in every document\n" in run("stats", "pathfinder32", "task.num_images=20")[1]
     out = run("stats", "text")[1]
     assert "[val]" in out and "in all)" in out and "draws" not in out
 

@@ -21,7 +21,12 @@ from lra.launch import sweep
 
 ROOT = Path(lra.__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-NEEDS = ("needs a GPU", "needs IMDb", "needs CIFAR-10")
+NEEDS = (
+    "needs a GPU",
+    "needs IMDb",
+    "needs CIFAR-10",
+    "needs CIFAR-10, IMDb and LRA's paper pairs",
+)
 
 
 def blocks(language: str) -> list[str]:
