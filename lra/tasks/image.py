@@ -16,7 +16,7 @@ Two rules of making colours grey are in use, and they differ by one level in abo
 
 CIFAR-10 has no validation split. By default a tenth of train is held out by S4's rule: the training rows are
 the first nine tenths of torch.randperm seeded with `data_seed`, the held-out ones its rest, and each split is
-stored in that order. `split=last` is Long Range Arena's rule, train[:90%] and train[90%:] in the order of the
+stored in that order. `split=stored` is Long Range Arena's rule, train[:90%] and train[90%:] in the order of the
 source (TensorFlow Datasets, from which LRA took them, has an order of its own, so its rows are others).
 `val=test` trains on all rows and takes the test split for validation.
 """
@@ -51,7 +51,7 @@ class Image(Task):
 
     name: str = "image"
     data_seed: int = setting(42, low=0)
-    split: str = setting("random", choices=("random", "last"))
+    split: str = setting("random", choices=("random", "stored"))
     gray: str = setting("pil", choices=("pil", "tf"))
     input: str = setting("tokens", choices=("tokens", "continuous"))
     mean: float = MEAN
@@ -73,8 +73,8 @@ class Image(Task):
         idle = {}
         if self.input == "tokens":
             idle |= {"mean": "task.input=tokens", "std": "task.input=tokens"}
-        if self.split == "last":
-            idle["data_seed"] = "task.split=last"
+        if self.split == "stored":
+            idle["data_seed"] = "task.split=stored"
         if self.val == "test":
             idle |= {"split": "task.val=test", "data_seed": "task.val=test"}
         for name, cause in idle.items():
@@ -101,8 +101,8 @@ class Image(Task):
         name = "cifar10-gray" + ("-tf" if self.gray == "tf" else "")
         if self.val == "test":
             return f"{name}-val-test (validation is the test split)"
-        if self.split == "last":
-            return f"{name}-last"
+        if self.split == "stored":
+            return f"{name}-stored"
         return name + (f"-seed{self.data_seed}" if self.data_seed != Image.data_seed else "")
 
     def source_name(self) -> str | None:
@@ -132,9 +132,9 @@ class Image(Task):
         rows = {"train": np.arange(len(labels))}
         if self.val == "heldout":
             rows = held_out(len(labels), self.split, self.data_seed)
-            if self.split == "last" and (np.diff(labels) >= 0).all() and labels[0] != labels[-1]:
+            if self.split == "stored" and (np.diff(labels) >= 0).all() and labels[0] != labels[-1]:
                 raise UserError(
-                    f"{name} has its rows class by class, so task.split=last would hold out one class only; "
+                    f"{name} has its rows class by class, so task.split=stored would hold out one class only; "
                     "use task.split=random, or a source in another order"
                 )
         for split, chosen in rows.items():

@@ -49,8 +49,8 @@ class Pathfinder(Task):
     mean: float = 0.5  # of input=continuous: (pixel / 255 - mean) / std
     std: float = setting(0.5, low=1e-6)
     num_images: int = setting(LRA_IMAGES, low=10)  # generated ones; 80, 10 and 10 % by index
-    order: str = setting("random", choices=("random", "stored"))  # how LRA's files are split
-    split_seed: int = setting(42, low=0)  # of order=random
+    split: str = setting("random", choices=("random", "stored"))  # how LRA's files are split
+    split_seed: int = setting(42, low=0)  # of split=random
 
     size: ClassVar[int]
     level: ClassVar[str] = "hard"
@@ -80,12 +80,12 @@ class Pathfinder(Task):
             idle |= {key: "task.input=tokens; for task.input=continuous it does" for key in ("mean", "std")}
         if self.source is None:
             reason = "images that are generated; it is for LRA's files, named by task.source"
-            idle |= {"order": reason, "split_seed": reason}
+            idle |= {"split": reason, "split_seed": reason}
         else:
             reason = f"the images of task.source={self.source}"
             idle |= {"data_seed": reason, "num_images": reason}
-            if self.order == "stored":
-                idle["split_seed"] = "task.order=stored, which draws nothing"
+            if self.split == "stored":
+                idle["split_seed"] = "task.split=stored, which draws nothing"
         for key, reason in idle.items():
             if getattr(self, key) != getattr(type(self), key):
                 raise UserError(
@@ -116,13 +116,13 @@ class Pathfinder(Task):
                 "data_seed": self.data_seed,
                 "num_images": self.num_images,
             }
-        seed = {"split_seed": self.split_seed} if self.order == "random" else {}
-        return variant | {"files": "lra png", "order": self.order} | seed
+        seed = {"split_seed": self.split_seed} if self.split == "random" else {}
+        return variant | {"files": "lra png", "split": self.split} | seed
 
     def variant_name(self, length: int) -> str:
         name = f"pathfinder{self.size}-{self.level}"
         if self.source is not None:
-            if self.order == "stored":
+            if self.split == "stored":
                 return f"{name}-files-stored"
             return f"{name}-files" + (f"-split{self.split_seed}" if self.split_seed != 42 else "")
         name += f"-seed{self.data_seed}" if self.data_seed else ""
@@ -160,7 +160,7 @@ class Pathfinder(Task):
             writer,
             size=self.size,
             level=self.level,
-            split_seed=self.split_seed if self.order == "random" else None,
+            split_seed=self.split_seed if self.split == "random" else None,
             progress=progress,
         )
 

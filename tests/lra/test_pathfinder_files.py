@@ -139,7 +139,7 @@ def refused(files, tmp_path, message, form="zip", task=Pathfinder32):
 def test_every_nesting_and_form_gives_the_same_bytes(nesting, form, tmp_path):
     files = level_files()
     source = FORMS[form](under(nesting, files) if nesting else files, tmp_path / "source")
-    store = prepare(Pathfinder32(source=str(source), order="stored"), 1024)
+    store = prepare(Pathfinder32(source=str(source), split="stored"), 1024)
     assert stored(store, "train") == expected(ROWS[:24])
     assert stored(store, "val") == expected(ROWS[24:27])
     assert stored(store, "test") == expected(ROWS[27:])
@@ -150,7 +150,7 @@ def test_every_nesting_and_form_gives_the_same_bytes(nesting, form, tmp_path):
 @pytest.mark.parametrize("form", FORMS)
 def test_a_whole_release_is_searched_for_the_size_and_level(form, tmp_path):
     source = FORMS[form](released(level_files()), tmp_path / "source")
-    store = prepare(Pathfinder32(source=str(source), order="stored"), 1024)
+    store = prepare(Pathfinder32(source=str(source), split="stored"), 1024)
     assert stored(store, "test") == expected(ROWS[27:])
 
 
@@ -164,7 +164,7 @@ def test_the_folders_within_a_release_can_be_named_themselves(tmp_path):
 
 def test_a_folder_with_lras_archive_is_read_from_it(tmp_path):
     as_tar(released(level_files()), tmp_path / "sources" / "lra_release.gz")
-    store = prepare(Pathfinder32(source=str(tmp_path / "sources"), order="stored"), 1024)
+    store = prepare(Pathfinder32(source=str(tmp_path / "sources"), split="stored"), 1024)
     assert stored(store, "test") == expected(ROWS[27:])
 
 
@@ -262,7 +262,7 @@ def test_images_that_no_table_lists_are_left_out_and_noted(tmp_path):
 
 def test_hidden_files_are_passed_over(tmp_path):
     files = level_files() | {"metadata/._2.npy": b"\x00\x05", "imgs/2/._sample_0.png": b"\x00\x05"}
-    store = prepare(Pathfinder32(source=str(as_zip(files, tmp_path / "s")), order="stored"), 1024)
+    store = prepare(Pathfinder32(source=str(as_zip(files, tmp_path / "s")), split="stored"), 1024)
     assert stored(store, "test") == expected(ROWS[27:])
 
 
@@ -271,7 +271,7 @@ def test_an_image_of_any_8_bit_mode_is_read_as_grey(mode, tmp_path):
     pixels = pixels_of(2, 0)
     files = level_files() | {"imgs/2/sample_0.png": png_of_mode(pixels, mode)}
     source = as_zip(files, tmp_path / "s")
-    store = prepare(Pathfinder32(source=str(source), order="stored"), 1024)
+    store = prepare(Pathfinder32(source=str(source), split="stored"), 1024)
     assert stored(store, "train")[9] == (pixels.tobytes(), label_of(2, 0))
 
 
@@ -428,7 +428,7 @@ def broken(good):
 def test_of_both_copies_the_inner_one_is_taken_and_the_other_noted(form, inner_first, good, broken, tmp_path):
     copies = [under(INNER, good), under(OUTER, broken)]
     files = {k: v for copy in (copies if inner_first else copies[::-1]) for k, v in copy.items()}
-    store = prepare(PathX(source=str(FORMS[form](files, tmp_path / "source")), order="stored"), 16384)
+    store = prepare(PathX(source=str(FORMS[form](files, tmp_path / "source")), split="stored"), 16384)
     assert store.split("train").labels.tolist() == [label_of(*row) for row in ROWS[:24]]
     notes = " ".join(store.manifest["notes"])
     assert f"{OUTER} was left alone: it is LRA's known broken copy" in notes
@@ -438,7 +438,7 @@ def test_both_copies_may_be_mixed_in_an_archive(good, broken, tmp_path):
     mixed = {}
     for name in good:
         mixed |= {f"{OUTER}/{name}": broken[name], f"{INNER}/{name}": good[name]}
-    store = prepare(PathX(source=str(as_tar(mixed, tmp_path / "s")), order="stored"), 16384)
+    store = prepare(PathX(source=str(as_tar(mixed, tmp_path / "s")), split="stored"), 16384)
     assert store.split("train").labels.tolist() == [label_of(*row) for row in ROWS[:24]]
     assert stored(store, "test")[0][0] == pixels_of(*ROWS[27], 128).tobytes()
 

@@ -131,17 +131,17 @@ def test_the_seed_decides_which_rows_are_held_out(source):
 
 
 def test_the_last_tenth_is_held_out_in_the_order_of_the_source(source):
-    store = prepare(Image(source=source, split="last"), 1024)
+    store = prepare(Image(source=source, split="stored"), 1024)
     assert_rows(store, "train", "train", slice(0, 38))
     assert_rows(store, "val", "train", slice(38, None))
-    rows = held_out(50_000, "last", 42)
+    rows = held_out(50_000, "stored", 42)
     assert rows["train"].tolist() == list(range(45_000)) and rows["val"][0] == 45_000
 
 
 def test_the_last_tenth_of_a_source_that_is_sorted_by_class_is_refused(tmp_path):
     source = write(tmp_path / "s", labels={part: np.sort(labels) for part, labels in LABELS.items()})
-    with pytest.raises(UserError, match="rows class by class, so task.split=last would hold out one class"):
-        prepare(Image(source=source, split="last"), 1024)
+    with pytest.raises(UserError, match="rows class by class, so task.split=stored would hold out one class"):
+        prepare(Image(source=source, split="stored"), 1024)
     assert prepare(Image(source=source), 1024).split("val").labels.max() < 10
 
 
@@ -189,9 +189,9 @@ def test_the_default_scaling_is_that_of_s4():
             "task.mean=0.5 would change nothing with task.input=tokens; leave task.mean at 0.48",
         ),
         ({"std": 0.5}, "task.std=0.5 would change nothing with task.input=tokens"),
-        ({"val": "test", "split": "last"}, "task.split=last would change nothing with task.val=test"),
+        ({"val": "test", "split": "stored"}, "task.split=stored would change nothing with task.val=test"),
         ({"val": "test", "data_seed": 1}, "task.data_seed=1 would change nothing with task.val=test"),
-        ({"split": "last", "data_seed": 1}, "task.data_seed=1 would change nothing with task.split=last"),
+        ({"split": "stored", "data_seed": 1}, "task.data_seed=1 would change nothing with task.split=stored"),
         ({"gray": "pill"}, "unknown task.gray 'pill'; did you mean 'pil'"),
         ({"split": "first"}, "unknown task.split 'first'"),
         ({"input": "pixels"}, "unknown task.input 'pixels'"),
@@ -226,14 +226,14 @@ def test_variants_are_pinned():
         "task": "image", "reader": 1, "gray": "pil", "val": "heldout", "held_out": 0.1, "split": "random",
         "data_seed": 42,
     }  # fmt: skip
-    assert Image(split="last", gray="tf").variant(1024) == {
-        "task": "image", "reader": 1, "gray": "tf", "val": "heldout", "held_out": 0.1, "split": "last",
+    assert Image(split="stored", gray="tf").variant(1024) == {
+        "task": "image", "reader": 1, "gray": "tf", "val": "heldout", "held_out": 0.1, "split": "stored",
     }  # fmt: skip
     assert Image(val="test").variant(1024) == {"task": "image", "reader": 1, "gray": "pil", "val": "test"}
     names = [
-        Image(**each).variant_name(1024) for each in ({}, {"split": "last", "gray": "tf"}, {"data_seed": 1})
+        Image(**each).variant_name(1024) for each in ({}, {"split": "stored", "gray": "tf"}, {"data_seed": 1})
     ]
-    assert names == ["cifar10-gray", "cifar10-gray-tf-last", "cifar10-gray-seed1"]
+    assert names == ["cifar10-gray", "cifar10-gray-tf-stored", "cifar10-gray-seed1"]
 
 
 def test_the_input_and_its_scaling_are_no_part_of_the_variant():

@@ -73,7 +73,7 @@ def test_what_decides_the_bytes_names_the_folder_and_nothing_else_does():
         Pathfinder32(data_seed=1),
         Pathfinder32(num_images=100),
         Pathfinder32(source="a"),
-        Pathfinder32(source="a", order="stored"),
+        Pathfinder32(source="a", split="stored"),
         Pathfinder32(source="a", split_seed=7),
         Pathfinder32(source="a", level="easy"),
     )
@@ -97,7 +97,7 @@ def test_what_decides_the_bytes_names_the_folder_and_nothing_else_does():
         ),
         (Pathfinder32(source="x"), "pathfinder32-hard-files"),
         (Pathfinder32(source="x", split_seed=7), "pathfinder32-hard-files-split7"),
-        (PathX(source="x", order="stored"), "pathfinder128-hard-files-stored"),
+        (PathX(source="x", split="stored"), "pathfinder128-hard-files-stored"),
     ],
 )
 def test_the_name_of_a_variant_says_how_it_differs_from_lra(task, name):
@@ -111,11 +111,11 @@ def test_the_name_of_a_variant_says_how_it_differs_from_lra(task, name):
         ({"mean": 0.4}, "task.mean=0.4 would change nothing with task.input=tokens"),
         ({"std": 0.4}, "task.std=0.4 would change nothing with task.input=tokens"),
         ({"std": 0.0, "input": "continuous"}, "task.std=0.0 is out of range"),
-        ({"order": "stored"}, "task.order=stored would change nothing with images that are generated"),
+        ({"split": "stored"}, "task.split=stored would change nothing with images that are generated"),
         ({"split_seed": 1}, "task.split_seed=1 would change nothing with images that are generated"),
         ({"source": "x", "data_seed": 1}, "task.data_seed=1 would change nothing .*task.source=x"),
         ({"source": "x", "num_images": 50}, "task.num_images=50 would change nothing .*task.source=x"),
-        ({"source": "x", "order": "stored", "split_seed": 1}, "task.split_seed=1 .*task.order=stored"),
+        ({"source": "x", "split": "stored", "split_seed": 1}, "task.split_seed=1 .*task.split=stored"),
         ({"split_seed": 1 << 63, "source": "x"}, "task.split_seed=.* below 2"),
         ({"num_images": 9}, "task.num_images=9 is out of range; it must be at least 10"),
         ({"level": "hart"}, "task.level 'hart'; did you mean 'hard'"),
@@ -131,7 +131,7 @@ def test_a_setting_that_is_wrong_or_would_change_nothing_is_refused(settings, me
     "settings",
     [
         {"input": "continuous", "mean": 0.0, "std": 1.0},
-        {"source": "x", "order": "stored"},
+        {"source": "x", "split": "stored"},
         {"source": "x", "split_seed": 1},
         {"data_seed": 1, "num_images": 10, "level": "intermediate"},
     ],
