@@ -196,7 +196,7 @@ def compose(overrides: Sequence[str], *, any_length: bool = False) -> RunConfig:
     raw = _composed(group_overrides + forced) if forced else recipe
     run = _resolve(raw, any_length)
     _refuse_idle_settings(run, values)
-    deviations = run.paper.deviations + run.paper.task_deviations
+    deviations = run.paper.deviations + [d.text for d in run.paper.task_deviations if d.holds(run.task)]
     if run.paper.name != "none":
         deviations += _differences(_resolve(recipe, any_length), run)
     return dataclasses.replace(run, deviations=tuple(deviations), overrides=tuple(overrides))

@@ -135,6 +135,17 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class TaskDeviation:
+    """What a task's recipe does otherwise than the paper, as long as the task has the settings `when`."""
+
+    text: str = ""
+    when: dict[str, Any] = field(default_factory=dict)
+
+    def holds(self, task: Any) -> bool:
+        return all(getattr(task, name) == value for name, value in self.when.items())
+
+
+@dataclass(frozen=True)
 class PaperConfig:
     """A named recipe: where it is from, its version, and what it knowingly does otherwise."""
 
@@ -147,7 +158,7 @@ class PaperConfig:
     tasks: list[str] = field(default_factory=list)
     models: list[str] = field(default_factory=list)
     deviations: list[str] = field(default_factory=list)
-    task_deviations: list[str] = field(default_factory=list)  # the same, of one task's recipe
+    task_deviations: list[TaskDeviation] = field(default_factory=list)  # the same, of one task's recipe
 
 
 def check(config: Any, prefix: str) -> None:

@@ -90,12 +90,15 @@ def solve(
     *,
     report: Callable[[int, float], None] | None = None,
 ) -> dict[str, Any]:
-    """Train on `train`, count right answers on the first rows of `test`; `report` gets (epoch, mean loss)."""
+    """Train on rows of `train` and count right answers on rows of `test`, both drawn with the seed.
+
+    `report` gets (epoch, mean loss) after each epoch.
+    """
     if store.manifest["input"] != "pixels":
         raise UserError(f"{store.data_variant} has no images; the network is for tasks made of pixels")
     generator = np.random.Generator(np.random.Philox(key=[setting.seed, 1]))
-    train = _images(store.split("train"), setting.rows, device)
-    test = _images(store.split("test"), setting.test_rows, device)
+    train = _images(store.split("train"), setting.rows, generator, device)
+    test = _images(store.split("test"), setting.test_rows, generator, device)
     if setting.shuffled:
         train, test = (
             (images, labels[_order(generator, len(labels), device)]) for images, labels in (train, test)
@@ -103,33 +106,26 @@ def solve(
     if len(train[1]) < setting.batch_size:
         raise UserError(f"{len(train[1])} training images are less than one batch of {setting.batch_size}")
     torch.manual_seed(setting.seed)
-    torch.backends.cudnn.benchmark = device.type == "cuda"  # one shape all along
     size, num_classes = train[0].shape[-1], store.manifest["num_classes"]
     model = SmallCNN(size, num_classes, width=setting.width, blocks=setting.blocks).to(device)
     model = model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=setting.lr, weight_decay=0.05)
     per_epoch = len(train[1]) // setting.batch_size
-    total, started, step = setting.epochs * per_epoch, time.perf_counter(), 0
-    done = 0.0  # share of the schedule: by steps, or by the clock where that runs out first
+    clock = Clock(setting.epochs * per_epoch, setting.time_limit)
+    step, started = 0, time.perf_counter()
+    model.train()
     for epoch in range(setting.epochs):
-        model.train()
         order, losses = _order(generator, len(train[1]), device), torch.zeros((), device=device)
         for index in range(per_epoch):
-            rows = order[index * setting.batch_size : (index + 1) * setting.batch_size]
-            for group in optimizer.param_groups:
-                group["lr"] = setting.lr * min(done / 0.2, (1 - done) / 0.8)
-            losses += _step(model, optimizer, _turned(train[0][rows], generator), train[1][rows], device)
-            step += 1
-            done = step / total
-            if setting.time_limit is not None and index % 50 == 0:
-                environment.synchronize(device)
-                done = max(done, (time.perf_counter() - started) / setting.time_limit)
+            done = clock.done(step, device)
             if done >= 1:
                 break
-        if report:
-            report(epoch + 1, float(losses) / (index + 1))
-        if done >= 1:
-            break
+            optimizer.param_groups[0]["lr"] = setting.lr * min(done / 0.2, (1 - done) / 0.8)
+            rows = order[index * setting.batch_size : (index + 1) * setting.batch_size]
+            losses += _step(model, optimizer, turned(train[0][rows], generator), train[1][rows], device)
+            step += 1
+        if report and step > epoch * per_epoch:
+            report(epoch + 1, float(losses) / (step - epoch * per_epoch))
     environment.synchronize(device)
     trained, seen = time.perf_counter(), [part[: setting.test_rows] for part in train]
     return {
@@ -152,21 +148,46 @@ def solve(
     }
 
 
-def _images(split: Split, limit: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The first `limit` images [b 1 y x] uint8 and labels [b] of a split."""
-    part = split.part(0, len(split) if limit is None else min(limit, len(split)))
-    size = int(round(float(part.lengths[0]) ** 0.5))
-    if not (part.lengths == size * size).all():
+class Clock:
+    """How far training is, from 0 to 1: by steps, or by the clock where that runs out first.
+
+    The clock is read every 20 steps and never set back, so a learning rate that follows it ends near zero.
+    """
+
+    def __init__(self, num_steps: int, time_limit: float | None) -> None:
+        self.num_steps, self.time_limit = num_steps, time_limit
+        self.started, self.late = time.perf_counter(), 0.0
+
+    def done(self, step: int, device: torch.device) -> float:
+        """The share that is done before step `step`; 1 means that nothing is left to do."""
+        if self.time_limit is not None and step % 20 == 0:
+            environment.synchronize(device)
+            self.late = (time.perf_counter() - self.started) / self.time_limit
+        return min(1.0, max(step / self.num_steps, self.late))
+
+
+def _images(
+    split: Split, limit: int | None, generator: np.random.Generator, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """`limit` images [b 1 y x] uint8 and labels [b], drawn at random: a split may be sorted by class."""
+    length = int(split.lengths[0])
+    size = round(length**0.5)
+    if not (split.lengths == size * size).all():
         raise UserError(f"the rows of {split.name} are not all square images of one size")
-    images = torch.from_numpy(part.tokens).to(device).view(-1, 1, size, size)
-    return images, torch.from_numpy(part.labels).to(device)
+    if limit is None or limit >= len(split):
+        tokens, labels = split.part(0, len(split)).tokens, split.labels
+    else:
+        rows = np.sort(generator.permutation(len(split))[:limit])
+        tokens, labels = split.tokens.reshape(-1, length)[rows], split.labels[rows]
+    images = torch.from_numpy(np.asarray(tokens)).to(device).view(-1, 1, size, size)
+    return images, torch.from_numpy(np.asarray(labels)).to(device)
 
 
 def _order(generator: np.random.Generator, rows: int, device: torch.device) -> Tensor:
     return torch.from_numpy(generator.permutation(rows)).to(device)
 
 
-def _turned(images: Tensor, generator: np.random.Generator) -> Tensor:
+def turned(images: Tensor, generator: np.random.Generator) -> Tensor:
     """A batch mirrored and transposed at random, all of it in the same way."""
     down, across, transposed = generator.integers(0, 2, 3)
     dims = [2] * int(down) + [3] * int(across)

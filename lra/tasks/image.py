@@ -16,8 +16,8 @@ Two rules of making colours grey are in use, and they differ by one level in abo
 
 CIFAR-10 has no validation split. By default a tenth of train is held out by S4's rule: the training rows are
 the first nine tenths of torch.randperm seeded with `data_seed`, the held-out ones its rest, and each split is
-stored in that order. `split=stored` is Long Range Arena's rule, train[:90%] and train[90%:] in the order of the
-source (TensorFlow Datasets, from which LRA took them, has an order of its own, so its rows are others).
+stored in that order. `split=stored` is Long Range Arena's rule, train[:90%] and train[90%:] in the order of
+the source (TensorFlow Datasets, from which LRA took them, has an order of its own, so its rows are others).
 `val=test` trains on all rows and takes the test split for validation.
 """
 
@@ -80,8 +80,9 @@ class Image(Task):
         for name, cause in idle.items():
             if getattr(self, name) != getattr(Image, name):
                 raise UserError(
-                    f"task.{name}={getattr(self, name)} would change nothing with {cause}; leave task.{name} "
-                    f"at {getattr(Image, name)} or change {cause.split('=')[0]}"
+                    f"task.{name}={getattr(self, name)} would change nothing with {cause}; set "
+                    f"task.{name}={getattr(Image, name)} (a recipe may have set another) or change "
+                    f"{cause.split('=')[0]}"
                 )
 
     def check_length(self, length: int) -> None:
@@ -134,8 +135,8 @@ class Image(Task):
             rows = held_out(len(labels), self.split, self.data_seed)
             if self.split == "stored" and (np.diff(labels) >= 0).all() and labels[0] != labels[-1]:
                 raise UserError(
-                    f"{name} has its rows class by class, so task.split=stored would hold out one class only; "
-                    "use task.split=random, or a source in another order"
+                    f"{name} has its rows class by class, so task.split=stored would hold out one class "
+                    "only; use task.split=random, or a source in another order"
                 )
         for split, chosen in rows.items():
             _add(writer, split, pixels[chosen], labels[chosen])

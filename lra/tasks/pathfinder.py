@@ -183,7 +183,8 @@ class Pathfinder(Task):
                 writer.checkpoint()
                 saved = time.monotonic()
         generator = {"name": "pathfinder", "version": GENERATOR_VERSION, "seed": self.data_seed}
-        writer.describe(source="generated here", data_origin="regenerated", generator=generator)
+        notes = [] if self.level == "hard" else ["LRA does not say how many shorter snakes this level has"]
+        writer.describe(source="generated here", data_origin="regenerated", generator=generator, notes=notes)
 
     def _blocks(self, start: int, workers: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(pixels [rows size size], labels [rows]) from image `start` on, a few blocks ahead of their use."""

@@ -29,6 +29,8 @@ from lra.tasks.pathfinder import LRA_IMAGES
 
 FOLDERS = {"easy": "curv_baseline", "intermediate": "curv_contour_length_9", "hard": "curv_contour_length_14"}
 ARCHIVE = "lra_release.gz"
+INNER = re.compile("lra_release/lra_release/pathfinder128/")
+"""Where LRA's archive has the sound copy of pathfinder128."""
 KNOWN_EMPTY = (32, "easy", "imgs/0/sample_172.png")
 """LRA released this image with zero bytes; everybody skips it."""
 
@@ -37,6 +39,7 @@ _PNG, _NUMPY = b"\x89PNG\r\n\x1a\n", b"\x93NUMPY"
 _LARGEST = 1 << 24
 """Bytes that an image or a table may have; LRA's have less than 100,000."""
 _REPORT_EVERY = 1000
+_INNER_TAKEN = "the inner one was taken"
 
 
 def locate(source: Path, size: int, level: str) -> tuple[Path, list[str]]:
@@ -95,8 +98,15 @@ def read(
         if whole
         else f"{count:,} images; LRA has {LRA_IMAGES:,} of each size and level"
     )
-    name = str(source.expanduser().resolve())
-    writer.describe(source=name, data_origin="original" if whole else "stand_in", generator=None, notes=notes)
+    chosen = any(note.endswith(_INNER_TAKEN) for note in notes)
+    doubtful = size == 128 and not chosen and not INNER.search(f"{place}/{found.root}/")
+    if doubtful:
+        notes.append(
+            "outside lra_release/lra_release this may be LRA's known broken copy of pathfinder128; "
+            "lra data solve tells whether its labels can be learned"
+        )
+    name, origin = str(source.expanduser().resolve()), "original" if whole and not doubtful else "stand_in"
+    writer.describe(source=name, data_origin=origin, generator=None, notes=notes)
 
 
 class _Level:
@@ -310,7 +320,7 @@ def _twice(size: int, one: Path | str, other: Path | str) -> UserError:
 
 
 def _left_out(outer: Path | str) -> str:
-    return f"{outer} was left alone: it is LRA's known broken copy of pathfinder128; the inner one was taken"
+    return f"{outer} was left alone: it is LRA's known broken copy of pathfinder128; {_INNER_TAKEN}"
 
 
 def _broken_copy(outer: Path | str) -> UserError:

@@ -16,14 +16,18 @@ and they become vector instructions.
 
 import numpy as np
 
-from lra.tasks.listops_generator import compiled, mix
-from lra.tasks.pathfinder_tables import ANTIALIAS, FREE, FULL, IMAGE, MASK, REACH, settings, tables
+from lra.tasks.listops_generator import compiled
+from lra.tasks.pathfinder_tables import settings, tables
 
-GENERATOR_VERSION = 1
+# Numba's cache on the disk watches the file of a function and nothing that it imports. So every constant and
+# function that compiled code uses is in this file, or comes as an argument.
 PADDLE_TRIES, SNAKE_TRIES = 3, 5
+FREE, FULL = 76, 459  # a pixel is free up to 0.3 times 255; masks collide from a sum of 1.8 times 255 on
+IMAGE, MASK, REACH = 0, 1, 2  # the stamps of a shape, in the order of `Margin.stamps`
 
 _STEP = np.uint64(0x9E3779B97F4A7C15)
-_11 = np.uint64(11)
+_MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+_11, _27, _30, _31 = np.uint64(11), np.uint64(27), np.uint64(30), np.uint64(31)
 
 
 def draw_images(seed: int, size: int, level: str, first: int, count: int) -> tuple[np.ndarray, ...]:
@@ -53,6 +57,14 @@ def _uniforms(seed, code, index, count):
     for k in range(count):
         out[k] = draw(stream)
     return out
+
+
+@compiled
+def mix(word):
+    """The output function of splitmix64, as in `listops_generator`."""
+    word = (word ^ (word >> _30)) * _MIX_1
+    word = (word ^ (word >> _27)) * _MIX_2
+    return word ^ (word >> _31)
 
 
 @compiled
@@ -329,9 +341,9 @@ def resized_pixel(total):
 def add_disc(t, picture, centre_y, centre_x):
     """Draw a disc into a picture. It is drawn finer and resized; only its surroundings are computed."""
     size, taps, reach = len(picture), t.disc_units.shape[1], np.int64(t.disc_radius)
-    # Resizing spreads a fine pixel over taps / ANTIALIAS pixels, so the disc fades to 0 within this distance.
-    half = (reach + taps) // ANTIALIAS + 1
-    top, left = centre_y * ANTIALIAS - reach, centre_x * ANTIALIAS - reach
+    # Resizing spreads a fine pixel over taps / antialias pixels, so the disc fades to 0 within this distance.
+    half = (reach + taps) // t.antialias + 1
+    top, left = centre_y * t.antialias - reach, centre_x * t.antialias - reach
     first_x, end_x = max(0, centre_x - half), min(size, centre_x + half + 1)
     across = np.zeros((2 * reach + 1, size), np.int64)
     for row in range(2 * reach + 1):

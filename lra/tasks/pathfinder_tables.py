@@ -30,10 +30,6 @@ LEVELS = {"easy": 6, "intermediate": 9, "hard": 14}
 """Paddles of a target snake."""
 SIZES = (32, 64, 128, 256)
 ANTIALIAS = 2
-FREE, FULL = 76, 459
-"""A pixel is free up to a mask of 0.3 of 255; two masks collide from a sum of 1.8 times 255 on."""
-IMAGE, MASK, REACH = 0, 1, 2
-"""What stamps show: the paddle, the room it takes, and that with a margin around it."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +58,11 @@ class Settings:
 
 
 def settings(size: int, level: str) -> Settings:
-    """The settings of one published size and level."""
+    """The settings of one published size and level.
+
+    How many shorter snakes LRA's easy and intermediate images have is not documented. LRA's formula for level
+    hard, a number of paddles divided by the length of a shorter snake, is applied to each level here.
+    """
     # In the order of Settings' fields, and last about how many paddles the shorter snakes have in all.
     rows = {
         32: (1, (1,), 7, 1.5, 2, 0.5, 1.0, 2.0, 0.75, 20),
@@ -92,7 +92,7 @@ class Margin(NamedTuple):
     moves: np.ndarray  # float64 [d, 6], (y, x) from tail to head, from head to pivot, from pivot to pivot
     compass: np.ndarray  # float64 [360, 2], from tail to tail of the target snakes
     shapes: np.ndarray  # int64 [d]
-    stamps: np.ndarray  # uint8 [s, 3, side, side], IMAGE, MASK and REACH
+    stamps: np.ndarray  # uint8 [s, 3, side, side], the paddle, the room it takes, that with a margin around
     boxes: np.ndarray  # int64 [s, 3, 4], (top, bottom, left, right) of their nonzero parts, from the centre
     turns: np.ndarray  # int64 [d, n, 3], (y, x) from the pivot and direction of each possible next paddle
     weights: np.ndarray  # float64 [d, n]
@@ -114,6 +114,7 @@ class Tables(NamedTuple):
     margins: tuple[Margin, Margin]  # the second one repeats the first where there is only one
     target_light: np.ndarray  # float64 [256], what a stamp's value is in a target snake
     distractor_light: np.ndarray  # float64 [256]
+    antialias: int
     disc_radius: float  # in fine pixels
     disc_starts: np.ndarray  # int64 [size], first fine pixel that a pixel of a resized disc reads
     disc_units: np.ndarray  # int64 [size, taps]
@@ -133,6 +134,7 @@ def tables(size: int, level: str) -> Tables:
         margins=(margins[0], margins[-1]),
         target_light=_light(chosen.paddle_contrast * chosen.snake_contrast),
         distractor_light=_light(chosen.snake_contrast),
+        antialias=ANTIALIAS,
         disc_radius=chosen.marker_radius * ANTIALIAS,
         disc_starts=starts,
         disc_units=units,

@@ -43,7 +43,7 @@ class Bars(Pixels):
 
 
 def test_it_learns_what_the_images_show():
-    result = solve(prepare(Bars(), 256), Setting(**QUICK), torch.device("cpu"))
+    result = solve(prepare(Bars(), 256), Setting(**QUICK | {"epochs": 8}), torch.device("cpu"))
     assert result["test_accuracy"] > 0.9 and result["test_images"] == 200 and result["train_images"] == 400
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+from omegaconf import OmegaConf
 
 from lra import config, registry, schema
 from lra.config import compose, expand
@@ -156,8 +157,6 @@ def test_every_model_composes_with_every_task_and_recipe():
 
 
 def test_every_overlay_of_a_recipe_holds_known_settings_only():
-    from omegaconf import OmegaConf
-
     backbone = set(schema.BackboneConfig.__dataclass_fields__)
     train = set(schema.TrainConfig.__dataclass_fields__)
     for path in (config.conf_dir() / "recipe").rglob("*.yaml"):
@@ -170,6 +169,30 @@ def test_every_overlay_of_a_recipe_holds_known_settings_only():
         model = path.stem.split("_", 1)[1]
         own = set(registry.own_names(model)) | backbone
         assert set(OmegaConf.to_container(OmegaConf.load(path))["model"]) <= own, path
+
+
+def test_a_recipe_names_what_it_does_otherwise_under_these_settings_only():
+    def deviations(*overrides):
+        return " ".join(compose([*overrides, "paper=nystromformer2021"]).deviations)
+
+    assert "held out" in deviations("task=text")
+    assert "held out" not in deviations("task=text", "task.val=test")
+    assert "last one of the source's own order" in deviations("task=image")
+    assert "last one of" not in deviations("task=image", "task.split=random")
+    assert "generated here" in deviations("task=pathfinder32")
+    assert "generated here" not in deviations("task=pathfinder32", "task.source=files")
+    for task in ("image", "pathfinder32"):
+        assert "black pixels are tokens like others" in deviations(f"task={task}")
+
+
+def test_the_settings_that_a_deviation_depends_on_exist():
+    from lra import tasks
+
+    for path in (config.conf_dir() / "recipe").rglob("*.yaml"):
+        overlay = OmegaConf.to_container(OmegaConf.load(path))
+        for deviation in overlay.get("paper", {}).get("task_deviations", []):
+            fields = {f.name for f in dataclasses.fields(tasks.get(path.stem))}
+            assert set(deviation.get("when", {})) <= fields and deviation["text"], path
 
 
 def test_names_of_files_classes_and_settings_are_one():

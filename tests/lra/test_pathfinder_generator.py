@@ -12,7 +12,7 @@ from scipy import ndimage
 from lra.tasks import pathfinder_generator as generator
 from lra.tasks.pathfinder_generator import draw_details, draw_images, uniforms
 from lra.tasks.pathfinder_raster import dilated, disk
-from lra.tasks.pathfinder_tables import ANTIALIAS, FREE, LEVELS, MASK, SIZES, settings, tables
+from lra.tasks.pathfinder_tables import ANTIALIAS, LEVELS, SIZES, settings, tables
 
 BYTES = (np.arange(256) / 255).astype(np.float32).astype(np.float64)
 
@@ -67,7 +67,7 @@ def test_paddles_collide_where_the_sum_over_the_window_says_so(size):
         for y, x in rng.integers(0, size, (300, 2)):
             shape = m.shapes[rng.integers(len(m.shapes))]
             whole = np.zeros((size + 2 * middle, size + 2 * middle))
-            whole[y : y + 2 * middle + 1, x : x + 2 * middle + 1] = BYTES[m.stamps[shape, MASK]]
+            whole[y : y + 2 * middle + 1, x : x + 2 * middle + 1] = BYTES[m.stamps[shape, generator.MASK]]
             wanted = (BYTES[mask] + whole[middle:-middle, middle:-middle]).max() >= 1.8
             assert generator.collides(m, mask, shape, y, x) == wanted
             seen.add(bool(wanted))
@@ -102,7 +102,7 @@ def test_distractors_start_on_uniformly_drawn_free_pixels():
         if len(points) == 0:
             assert not found
         elif found and state[2] == direction:
-            free = np.argwhere(dilated_as_opencv(taken, points) <= FREE)
+            free = np.argwhere(dilated_as_opencv(taken, points) <= generator.FREE)
             assert state[3:].tolist() == free[int(second * len(free))].tolist()
             placed += 1
     assert placed > 30

@@ -7,8 +7,9 @@ import pytest
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
+from lra.tasks.pathfinder_generator import FREE, FULL, IMAGE, MASK
 from lra.tasks.pathfinder_raster import arctan2, cosine, cosine_series, sine
-from lra.tasks.pathfinder_tables import ANTIALIAS, FREE, FULL, IMAGE, MASK, SIZES, settings, tables
+from lra.tasks.pathfinder_tables import ANTIALIAS, SIZES, settings, tables
 
 DEGREES = [degree * math.pi / 180 for degree in range(-180, 180)]
 BYTES = (np.arange(256) / 255).astype(np.float32).astype(np.float64)

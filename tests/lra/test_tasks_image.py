@@ -186,7 +186,7 @@ def test_the_default_scaling_is_that_of_s4():
     [
         (
             {"mean": 0.5},
-            "task.mean=0.5 would change nothing with task.input=tokens; leave task.mean at 0.48",
+            "task.mean=0.5 would change nothing with task.input=tokens; set task.mean=0.48",
         ),
         ({"std": 0.5}, "task.std=0.5 would change nothing with task.input=tokens"),
         ({"val": "test", "split": "stored"}, "task.split=stored would change nothing with task.val=test"),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -146,10 +147,6 @@ def test_the_command_of_a_variant_names_its_settings():
     )
 
 
-def test_the_version_of_the_variant_is_the_generators():
-    assert module.GENERATOR_VERSION == pathfinder_generator.GENERATOR_VERSION
-
-
 def test_rows_are_the_generators_images_in_order_train_first():
     store = prepare(SMALL, 1024)
     pixels, labels, _ = draw_images(0, 32, "hard", 0, 200)
@@ -255,6 +252,19 @@ def test_a_checkpoint_is_made_now_and_then(monkeypatch):
     assert made
 
 
+def test_a_checkpoint_is_made_once_its_seconds_have_passed_since_the_last_one(monkeypatch):
+    now, made = [0.0], []
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(module, "BLOCK_BYTES", 10 * 1024)
+    monkeypatch.setattr(StoreWriter, "checkpoint", lambda self: made.append(now[0]))
+
+    def four_seconds_a_block(done, total):
+        now[0] += 4
+
+    prepare(SMALL, 1024, progress=four_seconds_a_block)  # 20 blocks; a checkpoint is due after 10 s
+    assert made == [12, 24, 36, 48, 60, 72]
+
+
 def test_the_plan_says_what_a_build_takes():
     plan = Pathfinder32().plan(1024)
     assert (plan.source, plan.rows) == ("generated here", 200_000)
@@ -269,6 +279,18 @@ def test_verify_is_satisfied_with_a_generated_set():
     assert failed(SMALL) == set()
     what = {finding.what for finding in verify(SMALL, 1024)}
     assert {"val grey levels", "val label balance", "val drawn again", "val image sizes"} <= what
+
+
+def test_a_generated_image_in_two_splits_is_a_fault(monkeypatch):
+    def draw_last_as_first(seed, size, level, first, count):
+        pixels, labels, margins = draw_images(seed, size, level, first, count)
+        if first + count == 200:
+            pixels[-1] = draw_images(seed, size, level, 0, 1)[0][0]
+        return pixels, labels, margins
+
+    monkeypatch.setattr(pathfinder_generator, "draw_images", draw_last_as_first)
+    prepare(SMALL, 1024)
+    assert failed(SMALL) == {"disjoint splits"}
 
 
 @pytest.mark.parametrize("row", [0, 19])
