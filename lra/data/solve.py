@@ -36,7 +36,7 @@ class Setting:
     blocks: int = 2  # residual blocks a stage
     shuffled: bool = False  # labels in random order, train and test: no network may learn anything then
     seed: int = 0
-    time_limit: float | None = None  # seconds; the schedule still ends at zero
+    time_limit: float | None = None  # seconds
 
 
 class Residual(nn.Module):
@@ -117,10 +117,10 @@ def solve(
     for epoch in range(setting.epochs):
         order, losses = _order(generator, len(train[1]), device), torch.zeros((), device=device)
         for index in range(per_epoch):
-            done = clock.done(step, device)
-            if done >= 1:
+            rate = clock.rate(step, device)
+            if rate == 0:
                 break
-            optimizer.param_groups[0]["lr"] = setting.lr * min(done / 0.2, (1 - done) / 0.8)
+            optimizer.param_groups[0]["lr"] = setting.lr * rate
             rows = order[index * setting.batch_size : (index + 1) * setting.batch_size]
             losses += _step(model, optimizer, turned(train[0][rows], generator), train[1][rows], device)
             step += 1
@@ -149,21 +149,24 @@ def solve(
 
 
 class Clock:
-    """How far training is, from 0 to 1: by steps, or by the clock where that runs out first.
+    """How far training is, and the learning rate that follows from it.
 
-    The clock is read every 20 steps and never set back, so a learning rate that follows it ends near zero.
+    Training ends after its steps, or at its time limit where that comes first. The rate rises over the first
+    fifth of the steps, however little time there is: on large images nothing is learned if it rises too fast.
+    It falls to zero with what is left of steps or time. Time is read every 20 steps.
     """
 
     def __init__(self, num_steps: int, time_limit: float | None) -> None:
         self.num_steps, self.time_limit = num_steps, time_limit
         self.started, self.late = time.perf_counter(), 0.0
 
-    def done(self, step: int, device: torch.device) -> float:
-        """The share that is done before step `step`; 1 means that nothing is left to do."""
+    def rate(self, step: int, device: torch.device) -> float:
+        """The share of the highest learning rate for step `step`; 0 after the last one."""
         if self.time_limit is not None and step % 20 == 0:
             environment.synchronize(device)
             self.late = (time.perf_counter() - self.started) / self.time_limit
-        return min(1.0, max(step / self.num_steps, self.late))
+        done = step / self.num_steps
+        return max(0.0, min((done + 1 / self.num_steps) / 0.2, (1 - max(done, self.late)) / 0.8, 1.0))
 
 
 def _images(

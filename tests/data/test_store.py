@@ -1,6 +1,7 @@
 """What is written comes back, from any shape of task, and a damaged folder does not open."""
 
 import json
+import os
 import time
 
 import numpy as np
@@ -11,6 +12,7 @@ from lra.data.prepare import prepare
 from lra.data.store import data_hash, data_root, open_store
 from lra.data.writer import StoreWriter
 from lra.errors import UserError
+from lra.tasks.base import row_digests
 
 
 @pytest.fixture(autouse=True)
@@ -85,6 +87,12 @@ def test_the_data_hash_depends_on_the_bytes_and_the_vocabulary_alone():
     assert data_hash(files, ["x"]) != data_hash({**files, "a": {"sha256": "3", "size": 1}}, ["x"])
 
 
+def test_rows_of_two_documents_differ_also_where_only_their_boundary_does():
+    flat = np.frombuffer(b"abcabcabc", np.uint8)
+    first, second, third = row_digests(flat, np.array([0, 2, 3, 4, 6, 8, 9]), 2)  # ab c, a bc, ab c
+    assert first != second and first == third
+
+
 def test_nothing_written_to_a_split_reaches_the_disk():
     store = prepare(Synthetic(), 50)
     before = (store.path / "train.tokens.bin").read_bytes()
@@ -137,11 +145,25 @@ def test_an_unknown_split_is_refused_with_the_splits_there_are():
         prepare(Synthetic(), 50).split("eval")
 
 
-def test_opening_neither_reads_nor_hashes_the_data():
-    path = prepare(Pixels(rows=200), 16_384).path / "train.tokens.bin"
-    path.write_bytes(bytes(path.stat().st_size))
+def enlarge(store, rows):
+    """Make the files as large as `rows` rows of one length ask for; what they hold is a hole of zeros."""
+    manifest, length = store.manifest, store.manifest["splits"]["train"]["length"]["max"]
+    for split, count in rows.items():
+        offsets = np.arange(count + 1, dtype="<i8") * length
+        offsets.tofile(store.path / f"{split}.offsets.bin")
+        for part, size in (("tokens", count * length), ("labels", count), ("offsets", offsets.nbytes)):
+            os.truncate(store.path / f"{split}.{part}.bin", size)
+            manifest["files"][f"{split}.{part}.bin"]["size"] = size
+    (store.path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_store_of_the_benchmarks_largest_size_opens_in_less_than_a_second():
+    task, rows = Pixels(rows=3), {"train": 160_000, "val": 20_000, "test": 20_000}
+    enlarge(prepare(task, 16_384), rows)
     started = time.perf_counter()
-    open_store(Pixels(rows=200), 16_384)
+    store = open_store(task, 16_384)
+    assert {name: len(store.split(name)) for name in rows} == rows
+    assert store.split("train").row(159_999)[0].shape == (16_384,)
     assert time.perf_counter() - started < 1
 
 

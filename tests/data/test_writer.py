@@ -1,5 +1,7 @@
 """An interrupted build goes on from its last checkpoint and ends with the bytes of an unbroken one."""
 
+import hashlib
+import json
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -108,6 +110,36 @@ def test_the_rest_of_another_variant_is_not_continued(monkeypatch):
     assert LongPixels.drawn == list(range(90))
 
 
+def test_the_rest_of_another_source_is_not_continued(monkeypatch, tmp_path):
+    interrupted(LongPixels, monkeypatch, 37)
+    other = LongPixels(source=str(tmp_path))
+    assert store_path(other, LENGTH) == store_path(LongPixels(), LENGTH)
+    prepare(other, LENGTH)
+    assert LongPixels.drawn == list(range(90))
+
+
+def cut(data):
+    return data[:-1]
+
+
+def longer(data):
+    return data + bytes(1)
+
+
+@pytest.mark.parametrize(("part", "change"), [("labels", cut), ("labels", longer), ("tokens", longer)])
+def test_files_of_a_checkpoint_that_do_not_fit_together_are_not_trusted(part, change, monkeypatch, tmp_path):
+    unbroken = prepare(Pixels(), LENGTH).data_hash
+    monkeypatch.setenv("LRA_DATA", str(tmp_path / "second"))
+    partial = interrupted(LongPixels, monkeypatch, 37)
+    name, note = f"train.{part}.bin", json.loads((partial / "progress.json").read_text())
+    data = change((partial / name).read_bytes()[: note["files"][name]["size"]])
+    (partial / name).write_bytes(data)
+    note["files"][name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (partial / "progress.json").write_text(json.dumps(note))
+    assert prepare(LongPixels(), LENGTH).data_hash == unbroken
+    assert LongPixels.drawn == list(range(90))
+
+
 def test_a_fault_leaves_nothing_even_after_a_checkpoint(root, monkeypatch):
     monkeypatch.setattr(LongPixels, "stop_at", 37)
     monkeypatch.setattr(LongPixels, "error", RuntimeError("broken"))
@@ -133,7 +165,7 @@ class Found(Synthetic):
         writer.describe(source="made here", data_origin="stand_in", generator=None, notes=[])
 
 
-@pytest.mark.parametrize("symbols, dtype", [(256, np.uint8), (257, np.int16)])
+@pytest.mark.parametrize("symbols, dtype", [(256, np.uint8), (257, np.int16), (32_768, np.int16)])
 def test_a_vocabulary_of_the_data_decides_how_ids_are_stored(symbols, dtype):
     store = prepare(Found(symbols=symbols), LENGTH)
     assert store.vocab_size == len(store.vocab) == symbols
@@ -143,8 +175,8 @@ def test_a_vocabulary_of_the_data_decides_how_ids_are_stored(symbols, dtype):
 
 
 def test_more_symbols_than_a_store_takes_are_refused():
-    with pytest.raises(UserError, match="40,000 different symbols.*task.min_freq"):
-        prepare(Found(symbols=40_000), LENGTH)
+    with pytest.raises(UserError, match="32,769 different symbols.*task.min_freq"):
+        prepare(Found(symbols=32_769), LENGTH)
 
 
 def test_a_split_is_read_in_parts_that_cover_it(monkeypatch):
