@@ -69,11 +69,10 @@ class StoreWriter:
     def set_vocabulary(self, vocabulary: list[str]) -> None:
         """The vocabulary that the data decided, id 0 first; before the first row."""
         assert self.vocabulary is None and not self._splits, "the vocabulary is set already"
-        limit = np.iinfo(np.int16).max
-        if len(vocabulary) > limit + 1:
+        limit = np.iinfo(np.int16).max + 1
+        if len(vocabulary) > limit:
             raise UserError(
-                f"the source has {len(vocabulary):,} different symbols, a store takes {limit:,}; "
-                "raise task.min_freq"
+                f"the vocabulary has {len(vocabulary):,} symbols, a store takes {limit:,}; raise task.min_freq"
             )
         self.vocabulary, self._vocab_size = vocabulary, len(vocabulary)
         self._dtype = smallest_dtype(len(vocabulary))
@@ -263,11 +262,11 @@ class _SplitWriter:
             np.memmap(self.folder / file_name(self.split, part), disk_dtype(part, dtype.name), mode="r")
             for part in PARTS
         )
+        if len(offsets) != len(labels) * documents + 1 or offsets[-1] != len(tokens):
+            raise ValueError(f"the files of {self.split} do not fit together")
         there = Split(self.split, tokens, offsets, labels, documents)
         for _, part in there.chunks():
             self._count(part.tokens, part.offsets, part.labels, documents)
-        if self.rows * documents + 1 != len(offsets) or self._end != len(tokens):
-            raise ValueError(f"the files of {self.split} do not fit together")
 
     def add_rows(self, flat: np.ndarray, offsets: np.ndarray, labels: np.ndarray, documents: int) -> None:
         self.files["tokens"].write(flat)

@@ -32,9 +32,9 @@ def drawn(monkeypatch, method):
     return seen
 
 
-def chart(task, out):
-    """Draws the charts of a task of length 64; its store."""
-    store = prepare(task, 64)
+def chart(task, out, length=64):
+    """Draws the charts of a task; its store."""
+    store = prepare(task, length)
     counted = {split: statistics(task, store, split) for split in ("train", "val", "test")}
     pictures.charts(task, store, counted, out)
     return store
@@ -104,8 +104,9 @@ def test_the_curves_of_the_grey_levels_are_their_shares_of_each_split(root, monk
 
 def test_the_histograms_of_the_lengths_are_shares_with_the_longest_in_the_last_bin(root, monkeypatch):
     seen = drawn(monkeypatch, "hist")
-    store = chart(Pairs(rows=200), root / "charts.png")
+    store = chart(Pairs(rows=200), root / "charts.png", length=1000)
     longest = max(store.manifest["splits"][name]["length"]["99"] for name in ("train", "val", "test"))
+    assert max(store.split("train").lengths) > longest
     assert [options["label"] for _, options in seen] == ["train", "val", "test"]
     for (lengths, bins), options in seen:
         assert (bins[0], bins[-1]) == (0, longest) and sum(options["weights"]) == pytest.approx(100)

@@ -126,7 +126,9 @@ def longer(data):
     return data + bytes(1)
 
 
-@pytest.mark.parametrize(("part", "change"), [("labels", cut), ("labels", longer), ("tokens", longer)])
+@pytest.mark.parametrize(
+    ("part", "change"), [("labels", cut), ("labels", longer), ("tokens", cut), ("tokens", longer)]
+)
 def test_files_of_a_checkpoint_that_do_not_fit_together_are_not_trusted(part, change, monkeypatch, tmp_path):
     unbroken = prepare(Pixels(), LENGTH).data_hash
     monkeypatch.setenv("LRA_DATA", str(tmp_path / "second"))
@@ -175,7 +177,7 @@ def test_a_vocabulary_of_the_data_decides_how_ids_are_stored(symbols, dtype):
 
 
 def test_more_symbols_than_a_store_takes_are_refused():
-    with pytest.raises(UserError, match="32,769 different symbols.*task.min_freq"):
+    with pytest.raises(UserError, match="the vocabulary has 32,769 symbols.*task.min_freq"):
         prepare(Found(symbols=32_769), LENGTH)
 
 

@@ -228,6 +228,8 @@ def test_a_class_that_does_not_exist_is_named(tmp_path):
 
 WRONG_PICTURES = {
     "size": (encoded(np.zeros((32, 31, 3), np.uint8)), "31 x 32 pixels"),
+    "wide": (encoded(np.zeros((32, 64, 3), np.uint8)), "64 x 32 pixels"),
+    "high": (encoded(np.zeros((64, 32, 3), np.uint8)), "32 x 64 pixels"),
     "alpha": (encoded(np.zeros((32, 32, 4), np.uint8)), r"32 x 32 pixels \(RGBA\)"),
     "cut": (encoded(IMAGES["train"][0])[:-200], "cannot be decoded"),
     "other": (b"GIF89a" + bytes(50), "cannot be decoded"),

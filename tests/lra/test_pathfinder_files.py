@@ -1,137 +1,42 @@
-"""LRA's Pathfinder files: every nesting and archive gives the same rows, every fault its own message."""
+"""LRA's Pathfinder files: every nesting and archive gives the same rows, and which of two copies is taken."""
 
 import io
-import struct
-import tarfile
-import zipfile
-import zlib
 
 import numpy as np
 import pytest
 import torch
+from pathfinder_samples import (
+    FORMS,
+    HARD,
+    NESTINGS,
+    ROWS,
+    as_folder,
+    as_tar,
+    as_zip,
+    expected,
+    label_of,
+    level_files,
+    pixels_of,
+    png,
+    refused,
+    released,
+    stored,
+    under,
+    with_the_known_empty_image,
+)
 from PIL import Image
 
 from lra.data.prepare import prepare
-from lra.data.store import store_path
 from lra.data.verify import verify
 from lra.errors import UserError
 from lra.tasks import pathfinder_files as module
 from lra.tasks.pathfinder import Pathfinder32, Pathfinder64, PathX
-
-HARD = "curv_contour_length_14"
-BATCHES = (10, 9, 2)  # as text 10 comes before 2
-PER_BATCH = 10
 
 
 @pytest.fixture(autouse=True)
 def root(tmp_path, monkeypatch):
     monkeypatch.setenv("LRA_DATA", str(tmp_path / "data"))
     return tmp_path / "data"
-
-
-def pixels_of(batch, index, size=32):
-    return np.random.default_rng([batch, index]).integers(0, 256, (size, size)).astype(np.uint8)
-
-
-def label_of(batch, index):
-    return (batch + index) * 7 % 3 % 2
-
-
-def png(pixels, **options):
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "PNG", **options)
-    return out.getvalue()
-
-
-def line(batch, index, label=None):
-    label = label_of(batch, index) if label is None else label
-    return f"imgs/{batch} sample_{index}.png {index} {label} 1.0 14 4 2 0.5 1 1\n"
-
-
-def level_files(size=32):
-    """{name within the level: content} in LRA's layout. Each table lists its images in falling order."""
-    files = {}
-    for batch in BATCHES:
-        for index in range(PER_BATCH):
-            files[f"imgs/{batch}/sample_{index}.png"] = png(pixels_of(batch, index, size))
-        lines = [line(batch, index) for index in reversed(range(PER_BATCH))]
-        files[f"metadata/{batch}.npy"] = "".join(lines).encode()
-    return files
-
-
-ROWS = [(batch, index) for batch in sorted(BATCHES) for index in reversed(range(PER_BATCH))]
-"""(batch, index) of all images in stored order."""
-
-
-def under(prefix, files):
-    return {f"{prefix}/{name}": content for name, content in files.items()}
-
-
-def as_folder(files, place):
-    for name, content in files.items():
-        (place / name).parent.mkdir(parents=True, exist_ok=True)
-        (place / name).write_bytes(content)
-    return place
-
-
-def as_tar(files, place, mode="w:gz"):
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(place, mode) as archive:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return place
-
-
-def as_zip(files, place):
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(place, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in files.items():
-            archive.writestr(name, content)
-    return place
-
-
-FORMS = {
-    "folder": as_folder,
-    "tar.gz": as_tar,
-    "tar": lambda files, place: as_tar(files, place, "w"),
-    "zip": as_zip,
-}
-NESTINGS = ("", HARD, f"pathfinder32/{HARD}", f"lra_release/pathfinder32/{HARD}")
-NESTINGS += (f"lra_release/lra_release/pathfinder32/{HARD}",)
-
-
-def released(files, prefix="lra_release/lra_release"):
-    """A release around one level's files: other sizes and levels with broken contents, and other tasks."""
-    other = {"imgs/2/sample_0.png": b"", "metadata/2.npy": b"\x93NUMPY"}
-    return {
-        **under(f"{prefix}/pathfinder64/{HARD}", other),
-        **under(f"{prefix}/pathfinder32/curv_baseline", other),
-        **under(f"{prefix}/pathfinder32/{HARD}", files),
-        **under(f"{prefix}/pathfinder32/curv_contour_length_9", other),
-        f"{prefix}/tsv_data/new_aan_pairs.train.tsv": b"text",
-        "lra_release/listops-1000/basic_train.tsv": b"text",
-    }
-
-
-def stored(store, name):
-    split = store.split(name)
-    return [
-        (split.tokens.reshape(len(split), -1)[i].tobytes(), int(split.labels[i])) for i in range(len(split))
-    ]
-
-
-def expected(rows):
-    return [(pixels_of(*row).tobytes(), label_of(*row)) for row in rows]
-
-
-def refused(files, tmp_path, message, form="zip", task=Pathfinder32):
-    source = FORMS[form](files, tmp_path / f"source {form}")
-    with pytest.raises(UserError, match=message):
-        prepare(task(source=str(source)), task.default_length)
-    assert not store_path(task(source=str(source)), task.default_length).exists()
-    assert not list((tmp_path / "data").glob(".*partial*"))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -213,6 +118,15 @@ def test_a_set_from_files_passes_verification_and_is_not_compared_with_the_gener
     assert not [finding for finding in findings if "drawn again" in finding.what]
 
 
+def test_an_image_that_the_files_repeat_is_counted_and_no_fault(tmp_path):
+    files = level_files()
+    files["imgs/10/sample_0.png"] = files["imgs/2/sample_0.png"]  # rows of test and of train
+    task = Pathfinder32(source=str(as_zip(files, tmp_path / "source")), split="stored")
+    store = prepare(task, 1024)
+    assert store.manifest["duplicates"]["between"] == {"train val": 0, "train test": 1, "val test": 0}
+    assert all(finding.ok for finding in verify(task, 1024))
+
+
 def test_fewer_images_than_lras_are_a_stand_in(tmp_path):
     store = prepare(Pathfinder32(source=str(as_zip(level_files(), tmp_path / "s"))), 1024)
     assert store.data_origin == "stand_in"
@@ -228,12 +142,6 @@ def test_as_many_images_as_lras_are_taken_for_the_original(tmp_path, monkeypatch
     ]
 
 
-def with_the_known_empty_image():
-    files = {name.replace("/2", "/0"): content for name, content in level_files().items()}
-    files["metadata/0.npy"] = b"".join(line(0, index).encode() for index in [*range(PER_BATCH), 172])
-    return files | {"imgs/0/sample_172.png": b""}
-
-
 def test_lras_one_empty_image_is_left_out_and_noted(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "LRA_IMAGES", 31)
     task = Pathfinder32(source=str(as_zip(with_the_known_empty_image(), tmp_path / "s")), level="easy")
@@ -247,10 +155,6 @@ def test_one_image_too_few_is_no_original_without_the_known_empty_one(tmp_path, 
     monkeypatch.setattr(module, "LRA_IMAGES", 31)
     store = prepare(Pathfinder32(source=str(as_zip(level_files(), tmp_path / "s")), level="easy"), 1024)
     assert store.data_origin == "stand_in"
-
-
-def test_the_same_empty_image_of_another_level_is_a_fault(tmp_path):
-    refused(with_the_known_empty_image(), tmp_path, "imgs/0/sample_172.png has zero bytes; get it anew")
 
 
 def test_images_that_no_table_lists_are_left_out_and_noted(tmp_path):
@@ -279,129 +183,6 @@ def png_of_mode(pixels, mode):
     out = io.BytesIO()
     Image.fromarray(pixels).convert(mode).save(out, "PNG")
     return out.getvalue()
-
-
-def truncated(content):
-    return content[: len(content) // 2]
-
-
-def damaged(content):
-    middle = len(content) // 2
-    return (
-        content[:middle] + bytes(byte ^ 255 for byte in content[middle : middle + 9]) + content[middle + 9 :]
-    )
-
-
-def bomb():
-    """A small PNG of 60,000 x 60,000 pixels."""
-    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 0, 0, 0, 0)
-    chunk = b"IHDR" + header
-    data = b"IDAT" + zlib.compress(bytes(1 << 20))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part))
-        for part in (chunk, data, b"IEND")
-    )
-
-
-WIDE = png(np.zeros((32, 32), np.uint16))
-FIRST = "imgs/2/sample_0.png"
-TABLE = "metadata/2.npy"
-NUMPY = io.BytesIO()
-np.save(NUMPY, np.array([["imgs/2", "sample_0.png", "0", "1"]]))
-
-
-@pytest.mark.parametrize("form", ["folder", "tar.gz", "zip"])
-@pytest.mark.parametrize(
-    ("name", "change", "message"),
-    [
-        (FIRST, lambda content: b"", "sample_0.png has zero bytes; get it anew"),
-        (FIRST, truncated, "sample_0.png cannot be read as a PNG image"),
-        (FIRST, damaged, "sample_0.png cannot be read as a PNG image"),
-        (FIRST, lambda content: b"GIF89a" + bytes(60), "sample_0.png is not a PNG image"),
-        (FIRST, lambda content: png(pixels_of(2, 0, 64)), "sample_0.png has 64 x 64 pixels, not 32 x 32"),
-        (FIRST, lambda content: bomb(), "sample_0.png has 60000 x 60000 pixels, not 32 x 32"),
-        (FIRST, lambda content: WIDE, "sample_0.png has pixels of mode I;16, not 8 bits"),
-        (TABLE, lambda content: NUMPY.getvalue(), "2.npy is a NumPy file.*unpickled.*plain text"),
-        (TABLE, lambda content: b"\xff\xfe\x00", "2.npy is not text"),
-        (TABLE, lambda content: b"imgs/2 sample_0.png 0\n", "2.npy line 1: 3 fields, at least 4"),
-        (TABLE, lambda content: line(2, 0, 2).encode(), "2.npy line 1: label '2' is not allowed"),
-        (TABLE, lambda content: b"\n" + line(2, 0, "1.0").encode(), "2.npy line 2: label '1.0'"),
-        (TABLE, lambda content: content + line(2, 4).encode(), "list imgs/2/sample_4.png twice"),
-        (
-            TABLE,
-            lambda content: content + line(2, 10).encode() + line(2, 11).encode(),
-            r"is not complete: the metadata list 32 images, 2 of them are not there \(the first is "
-            r"imgs/2/sample_10.png\)",
-        ),
-    ],
-)
-def test_a_fault_is_named_with_its_place(name, change, message, form, tmp_path):
-    files = level_files()
-    refused(files | {name: change(files[name])}, tmp_path, message, form)
-
-
-def test_an_image_listed_by_two_tables_is_refused(tmp_path):
-    refused(
-        level_files() | {"metadata/3.npy": line(2, 0).encode()}, tmp_path, "list imgs/2/sample_0.png twice"
-    )
-
-
-@pytest.mark.parametrize("name", ["metadata/all.npy", "metadata/02.npy"])
-def test_a_table_that_is_not_named_by_a_batch_of_its_own_is_refused(name, tmp_path):
-    refused(level_files() | {name: b""}, tmp_path, "a table is named by its batch, a number that occurs once")
-
-
-@pytest.mark.parametrize("form", ["folder", "zip"])
-@pytest.mark.parametrize("part", ["imgs", "metadata"])
-def test_a_copy_without_one_of_its_two_parts_is_refused(part, form, tmp_path):
-    files = {name: content for name, content in level_files().items() if not name.startswith(part)}
-    refused(files, tmp_path, f"has no {part}/ with anything in it", form)
-
-
-def test_an_image_that_is_twice_in_an_archive_is_refused(tmp_path):
-    with pytest.warns(UserWarning, match="Duplicate name"), zipfile.ZipFile(tmp_path / "s", "w") as archive:
-        for name, content in [*level_files().items(), (FIRST, png(pixels_of(2, 0)))]:
-            archive.writestr(name, content)
-    with pytest.raises(UserError, match="sample_0.png is there twice"):
-        prepare(Pathfinder32(source=str(tmp_path / "s")), 1024)
-
-
-def test_a_truncated_archive_is_refused(tmp_path):
-    source = as_tar(level_files(), tmp_path / "s.tar.gz")
-    source.write_bytes(source.read_bytes()[:-2000])
-    with pytest.raises(UserError, match="cannot be read as an archive"):
-        prepare(Pathfinder32(source=str(source)), 1024)
-
-
-def test_an_archive_whose_names_lead_out_of_it_is_refused(tmp_path):
-    refused(under("../x", level_files()), tmp_path, "leads out of the archive", "tar")
-
-
-@pytest.mark.parametrize("form", ["folder", "zip"])
-def test_a_source_without_pathfinder_is_refused_with_what_is_wanted(form, tmp_path):
-    refused({"listops-1000/basic_train.tsv": b""}, tmp_path, f"Wanted: .*pathfinder32/{HARD}", form)
-
-
-def test_a_source_that_is_no_folder_or_archive_is_refused(tmp_path):
-    (tmp_path / "text").write_text("no archive")
-    for name, what in (("text", "is neither a folder nor a tar or zip archive"), ("none", "does not exist")):
-        with pytest.raises(UserError, match=f"{what}.*Wanted"):
-            prepare(Pathfinder32(source=str(tmp_path / name)), 1024)
-
-
-@pytest.mark.parametrize(
-    "name", ["curv_baseline", "curv_contour_length_9", "pathfinder64", f"pathfinder64/{HARD}"]
-)
-def test_a_folder_that_by_its_name_is_another_level_or_size_is_refused(name, tmp_path):
-    place = as_folder(level_files(), tmp_path / name)
-    with pytest.raises(UserError, match="is not pathfinder32 of level hard by its name"):
-        prepare(Pathfinder32(source=str(place)), 1024)
-
-
-@pytest.mark.parametrize("form", ["folder", "zip"])
-def test_the_same_set_in_two_places_is_refused(form, tmp_path):
-    files = under(f"pathfinder32/{HARD}", level_files())
-    refused(files | under("lra_release", files), tmp_path, "pathfinder32 is there twice", form)
 
 
 # Of pathfinder128 LRA's archive has two copies, of which the outer one is broken.
@@ -443,6 +224,14 @@ def test_both_copies_may_be_mixed_in_an_archive(good, broken, tmp_path):
     assert stored(store, "test")[0][0] == pixels_of(*ROWS[27], 128).tobytes()
 
 
+def test_nothing_of_the_copy_that_is_left_alone_stays_on_the_disk(good, broken, tmp_path):
+    larger = broken | {"imgs/2/sample_99.png": broken["imgs/2/sample_0.png"]}
+    source = as_tar(under(OUTER, larger) | under(INNER, good), tmp_path / "source")
+    with open(tmp_path / "waiting", "w+b") as waiting:
+        module._collect(source, 128, "hard", waiting, None)
+    assert (tmp_path / "waiting").stat().st_size == 30 * 128 * 128
+
+
 @pytest.mark.parametrize("form", ["folder", "tar", "zip"])
 @pytest.mark.parametrize("strip", [0, 1])
 def test_the_outer_copy_alone_beside_the_inner_release_is_refused(form, strip, broken, tmp_path):
@@ -462,10 +251,25 @@ def test_the_outer_copy_is_refused_also_when_it_is_named_itself(depth, good, bro
 
 @pytest.mark.parametrize("form", ["folder", "tar"])
 @pytest.mark.parametrize("prefix", ["", "lra_release/"])
-def test_a_single_pathfinder128_without_an_inner_release_is_taken(prefix, form, good, tmp_path):
+def test_a_single_pathfinder128_is_taken_and_not_trusted(prefix, form, good, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "LRA_IMAGES", 30)
     files = under(f"{prefix}pathfinder128/{HARD}", good)
     store = prepare(PathX(source=str(FORMS[form](files, tmp_path / "s"))), 16384)
-    assert store.manifest["notes"] == ["30 images; LRA has 200,000 of each size and level"]
+    assert (
+        store.data_origin == "stand_in"
+        and "this may be LRA's known broken copy" in store.manifest["notes"][1]
+    )
+
+
+@pytest.mark.parametrize("form", ["folder", "tar"])
+@pytest.mark.parametrize("places", [(INNER,), (f"lra_release/pathfinder128/{HARD}", f"pathfinder128/{HARD}")])
+def test_the_inner_pathfinder128_is_trusted_alone_or_beside_the_outer_one(
+    places, form, good, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(module, "LRA_IMAGES", 30)
+    files = {name: content for place in places for name, content in under(place, good).items()}
+    store = prepare(PathX(source=str(FORMS[form](files, tmp_path / "s"))), 16384)
+    assert store.data_origin == "original" and "may be" not in " ".join(store.manifest["notes"])
 
 
 def test_a_pathfinder128_beside_a_whole_unpacked_release_is_not_taken_for_the_broken_one(good, tmp_path):

@@ -20,6 +20,7 @@ from retrieval_samples import (
     write_table,
 )
 
+from lra.data import archives
 from lra.errors import UserError
 from lra.tasks import retrieval_files as module
 from lra.tasks.base import SPLITS
@@ -198,6 +199,24 @@ def test_a_line_without_end_is_not_read_into_memory(form, tmp_path, monkeypatch)
     monkeypatch.setitem(TEXTS, "X", b"x" * 10_000)
     with pytest.raises(UserError, match="new_aan_pairs.train.tsv line 3 has more than 100 bytes"):
         rows(form(tmp_path / "source"))
+
+
+@pytest.mark.parametrize("form", [as_tar, as_zip])
+def test_of_a_line_without_end_in_an_archive_no_more_than_the_limit_is_held(form, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_LONGEST_LINE", 100)
+    monkeypatch.setattr(archives, "_PIECE", 50)
+    monkeypatch.setitem(TEXTS, "P05-1", b"x" * 10_000)
+    held, pieces = [], module.pieces
+
+    def counted(*arguments, **limits):
+        for name, piece in pieces(*arguments, **limits):
+            held.append(len(piece))
+            yield name, piece
+
+    monkeypatch.setattr(module, "pieces", counted)
+    with pytest.raises(UserError, match="line [12] has more than 100 bytes"):
+        rows(form(tmp_path / "source"))
+    assert sum(held) <= 200
 
 
 @pytest.mark.parametrize("form", [as_tar, as_zip])

@@ -98,6 +98,15 @@ def test_the_two_rules_differ_by_at_most_one_level_and_often():
     assert set(np.unique(difference)) == {0, 1} and 0.2 < difference.mean() < 0.3
 
 
+def test_gray_tf_of_all_colours_is_pinned():
+    colours = np.indices((1, 256, 256), np.uint8).reshape(3, -1).T.copy()
+    digest = hashlib.sha256()
+    for red in range(256):
+        colours[:, 0] = red
+        digest.update(gray_tf(colours).tobytes())
+    assert digest.hexdigest() == "824a76d81dad2c5a2cf1fa0b2c0a5afe7d871ec2970e4fa2809b53ddbecdca93"
+
+
 def test_each_rule_is_a_variant_with_its_own_pixels(source):
     pil, tf = (prepare(Image(source=source, gray=rule, val="test"), 1024) for rule in ("pil", "tf"))
     assert pil.path != tf.path and "cifar10-gray-tf" in tf.path.name
@@ -145,11 +154,23 @@ def test_the_last_tenth_of_a_source_that_is_sorted_by_class_is_refused(tmp_path)
     assert prepare(Image(source=source), 1024).split("val").labels.max() < 10
 
 
+def test_a_source_of_one_class_has_no_order_of_classes_to_refuse(tmp_path):
+    source = write(tmp_path / "s", labels={part: np.full_like(labels, 3) for part, labels in LABELS.items()})
+    assert len(prepare(Image(source=source, split="stored"), 1024).split("val")) == 5
+
+
 def test_validation_on_the_test_split_trains_on_all_rows_and_says_so(source):
     store = prepare(Image(source=source, val="test"), 1024)
     assert_rows(store, "train", "train", slice(None))
     assert stored(store, "val")[1] == stored(store, "test")[1] == LABELS["test"].tolist()
     assert "validation is the test split" in store.data_variant
+
+
+@pytest.mark.parametrize(("val", "rows"), [("heldout", 60_000), ("test", 70_000)])
+def test_the_plan_counts_the_test_split_twice_where_it_is_validation_too(source, val, rows):
+    plan = Image(source=source, val=val).plan(1024)
+    assert (plan.source, plan.rows) == (source, rows)
+    assert plan.mib == pytest.approx(rows * 1033 / 2**20)
 
 
 @pytest.mark.parametrize("val", ["heldout", "test"])
@@ -306,6 +327,15 @@ def test_one_pixel_off_makes_it_a_lossy_copy(tmp_path, small_cifar10):
     images["train"][7, 31, 31, 2] ^= 1
     kind, notes = origin(write(tmp_path / "a", images, labels))
     assert kind == "lossy_copy" and "only 3 of 4 known images" in notes
+
+
+def test_a_known_image_counts_only_in_its_own_part(tmp_path, small_cifar10):
+    images, labels = small_cifar10
+    images = {part: each.copy() for part, each in images.items()}
+    place = int(np.flatnonzero(labels["test"] == labels["train"][1])[0])
+    images["train"][1], images["test"][place] = images["test"][place].copy(), images["train"][1].copy()
+    kind, notes = origin(write(tmp_path / "a", images, labels))
+    assert kind == "lossy_copy" and "of 4 known images" in notes
 
 
 def test_other_counts_make_it_a_stand_in(tmp_path, small_cifar10):

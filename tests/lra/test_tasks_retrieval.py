@@ -154,6 +154,13 @@ def test_only_lras_tables_with_lras_row_counts_count_as_original(tmp_path, monke
     assert prepare(Retrieval(source=pairs), 100, force=True).data_origin == "stand_in"
 
 
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_one_split_with_another_number_of_rows_makes_it_a_stand_in(split, tmp_path, monkeypatch):
+    counts = {name: len(rows) for name, rows in PAIRS.items()}
+    monkeypatch.setattr(module, "LRA_ROWS", counts | {split: counts[split] + 1})
+    assert prepare(Retrieval(source=lra_form(tmp_path / "s")), 100).data_origin == "stand_in"
+
+
 def test_the_row_counts_of_lra_are_pinned():
     assert module.LRA_ROWS == {"train": 147_086, "val": 18_090, "test": 17_437}
 

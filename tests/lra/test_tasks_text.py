@@ -140,6 +140,12 @@ def test_a_tenth_of_each_label_is_held_out_and_the_rest_keeps_its_order(tmp_path
     assert stored(store, "train") == [row for row in SPLITS["train"] if row not in held_out]
 
 
+def test_the_tenth_of_a_label_is_rounded_to_the_nearest_number(tmp_path):
+    splits = {"train": reviews("train", 32), "test": reviews("test")}  # 16 of each label: 1.6 reviews
+    store = prepare(Text(source=str(as_parquet(tmp_path / "s", splits))), 4000)
+    assert store.manifest["splits"]["val"]["label_counts"] == [2, 2]
+
+
 def test_the_held_out_reviews_depend_on_the_seed_and_not_on_the_order_of_the_source(tmp_path):
     shuffled = {part: rows[::-1] for part, rows in SPLITS.items()}
     a = prepare(Text(source=str(as_parquet(tmp_path / "a"))), 4000)
@@ -190,6 +196,9 @@ def test_only_the_texts_of_imdb_count_as_original(tmp_path, monkeypatch):
     backwards = {part: rows[::-1] for part, rows in SPLITS.items()}
     source = str(as_parquet(tmp_path / "t", backwards))
     assert prepare(Text(source=source), 4000, force=True).data_origin == "original"
+    (text, label), *rest = SPLITS["test"]
+    flipped = str(as_parquet(tmp_path / "u", SPLITS | {"test": [(text, 1 - label), *rest]}))
+    assert prepare(Text(source=flipped), 4000, force=True).data_origin == "lossy_copy"
 
 
 def test_the_archive_may_lie_among_the_sources_as_it_is(root):

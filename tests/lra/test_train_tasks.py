@@ -1,7 +1,5 @@
 """Every kind of input trains: pixels as tokens, pixels as values, pairs of documents, characters."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
@@ -92,15 +90,3 @@ def test_a_pixel_becomes_the_id_after_it_or_its_scaled_value():
     inputs, _ = batch_of(["task.input=continuous", "task.mean=0.25", "task.std=0.5"])
     wanted = torch.from_numpy((pixels / 255 - 0.25) / 0.5).float().unsqueeze(-1)
     torch.testing.assert_close(inputs, wanted)
-
-
-def test_a_prepared_image_task_opens_in_less_than_a_second():
-    import time
-
-    from lra.data.store import open_store
-
-    config = compose(PATHFINDER)
-    prepare(config.task, config.length)
-    started = time.perf_counter()
-    assert len(open_store(dataclasses.replace(config.task), config.length).split("train")) == 80
-    assert time.perf_counter() - started < 1
