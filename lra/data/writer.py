@@ -72,7 +72,8 @@ class StoreWriter:
         limit = np.iinfo(np.int16).max + 1
         if len(vocabulary) > limit:
             raise UserError(
-                f"the vocabulary has {len(vocabulary):,} symbols, a store takes {limit:,}; raise task.min_freq"
+                f"the vocabulary has {len(vocabulary):,} symbols, a store takes {limit:,}; "
+                "raise task.min_freq"
             )
         self.vocabulary, self._vocab_size = vocabulary, len(vocabulary)
         self._dtype = smallest_dtype(len(vocabulary))
