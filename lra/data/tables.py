@@ -3,12 +3,16 @@
 Everything is read in pieces and only once, so a table may be larger than the memory.
 """
 
+import contextlib
 import csv
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from lra.errors import UserError
+
+log = logging.getLogger(__name__)
 
 TABLES = (".parquet", ".csv", ".tsv")
 
@@ -83,7 +87,10 @@ def hub(name: str, *, streaming: bool = False, wanted: str) -> Callable[[str], I
 
         try:
             if not loaded:
-                loaded.update(datasets.load_dataset(name, streaming=streaming))
+                if not streaming:
+                    log.warning("asking the hub for %s", name)
+                with _quiet("huggingface_hub", "datasets"):
+                    loaded.update(datasets.load_dataset(name, streaming=streaming))
             if split not in loaded:
                 raise UserError(f"'{name}' has no split '{split}'; it has: {', '.join(loaded)}")
             yield from loaded[split]
@@ -96,6 +103,20 @@ def hub(name: str, *, streaming: bool = False, wanted: str) -> Callable[[str], I
             raise UserError(f"'{name}': {place} ({reason}). {wanted}") from error
 
     return records
+
+
+@contextlib.contextmanager
+def _quiet(*names: str) -> Iterator[None]:
+    """Keep libraries from logging each of their attempts; what they raise says enough."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _parquet_file(path: Path):

@@ -98,7 +98,7 @@ def test_overrides_and_flags_mix_in_any_order(run):
 
 def test_prepare_all_does_the_six_tasks_of_the_benchmark(run, reviews, papers, photographs):
     status, out, err = run("prepare", "all", *SMALL, "task.num_images=20")
-    assert status == 0 and err == ""
+    assert status == 0 and "lra:" not in err  # progress may be, while code is compiled
     plan, _, made = out.partition("\n\n")
     for name in ("listops-2000", "imdb-bytes", "aan-bytes", "cifar10-gray", *PATHFINDERS):
         assert name in plan and name in made
@@ -113,7 +113,7 @@ def test_prepare_all_does_what_it_can_and_names_what_is_missing(run, root, photo
     status, out, err = run("prepare", "all", *SMALL, "task.num_images=20")
     assert status == 1
     assert all(name in out for name in ("listops-2000", "cifar10-gray", *PATHFINDERS))
-    text, retrieval = err.splitlines()
+    text, retrieval = (line for line in err.splitlines() if line.startswith("lra:"))
     assert text.startswith("lra: text: ") and "imdb_train.parquet" in text and "task.source=DIR" in text
     assert retrieval.startswith("lra: retrieval: ") and "new_aan_pairs.train.tsv" in retrieval
     assert str(root / "sources" / "aan") in retrieval
