@@ -56,10 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"lra: {error}", file=sys.stderr)
         return BAD_INPUT
     except Stop as stop:
-        print(f"lra: {stop}; the same command goes on from the last checkpoint", file=sys.stderr)
+        again = "" if argv[0] == "data" else "; the same command goes on from the last checkpoint"
+        print(f"lra: {stop}{again}", file=sys.stderr)
         return stop.exit_status
     except KeyboardInterrupt:
-        print("lra: interrupted; runs that had begun go on from their last checkpoint", file=sys.stderr)
+        again = "" if argv[0] == "data" else "; runs that had begun go on from their last checkpoint"
+        print(f"lra: interrupted{again}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -21,6 +21,7 @@ from lra.data import data_root
 from lra.data import store as stores
 from lra.data.export import export
 from lra.data.prepare import prepare
+from lra.data.selection import message, selected
 from lra.data.show import examples, examples_text, statistics, statistics_text
 from lra.data.verify import verify
 from lra.errors import UserError, unknown
@@ -36,99 +37,55 @@ def main(argv: Sequence[str]) -> int:
         if argv[0] not in _ACTIONS:
             raise unknown("data command", argv[0], _ACTIONS)
         action = _ACTIONS[argv[0]]
+        if hasattr(sys.stdout, "reconfigure"):  # data may hold what a terminal cannot show
+            sys.stdout.reconfigure(errors="backslashreplace")
         return action.run(_parse(argv[0], action, argv[1:]))
-    except UserError as error:
-        print(f"lra: {error}", file=sys.stderr)
+    except BrokenPipeError:
+        raise
+    except (UserError, OSError) as error:
+        print(f"lra: {message(error)}", file=sys.stderr)
         return 2
 
 
-def resolve(task_name: str, overrides: Sequence[str]) -> list[tuple[Task, int]]:
-    """The task with its settings, once for each value of every comma list; UserError for what has no meaning
-    here.
-    """
-    from lra.config import compose, expand
-
-    known = ["length", "paper", *(f"task.{name}" for name in _settings(task_name))]
-    for override in overrides:
-        key, equals, _ = override.partition("=")
-        if key not in known:
-            raise unknown("setting", key, known)
-        if not equals:
-            raise UserError(f"'{override}' has no value; write {key}=VALUE")
-    configs = [compose(one) for one in expand([f"task={task_name}", *overrides])]
-    return [(config.task, config.length) for config in configs]
-
-
-def _settings(task_name: str) -> list[str]:
-    """The fields that decide what lies on the disk."""
-    return [
-        f.name for f in dataclasses.fields(tasks.get(task_name)) if f.name not in ("name", "padded_length")
-    ]
-
-
-def _selected(args: argparse.Namespace) -> list[tuple[Task, int]]:
-    """What the command line selects; with `all` each setting goes to the tasks that have it."""
-    if args.task != "all":
-        return resolve(args.task, args.overrides)
-    for key, meaning in (("task.source", "the place of one task's data"), ("length", "one task's length")):
-        if any(override.startswith(f"{key}=") for override in args.overrides):
-            raise UserError(f"{key}= is {meaning}; name the task instead of 'all'")
-    keys = {name: {f"task.{f.name}" for f in dataclasses.fields(tasks.get(name))} for name in tasks.BENCHMARK}
-    for key in (override.partition("=")[0] for override in args.overrides):
-        if not any(key in known for known in keys.values()):
-            raise unknown("setting", key, set().union(*keys.values()))
-    return [
-        pair
-        for name in tasks.BENCHMARK
-        for pair in resolve(name, [o for o in args.overrides if o.partition("=")[0] in keys[name]])
-    ]
-
-
 def _prepare(args: argparse.Namespace) -> int:
-    selected = {stores.store_path(*pair): pair for pair in _selected(args)}
-    plans: dict[Path, Plan | UserError] = {}
-    for path, (task, length) in selected.items():
+    pairs, failures = selected(args.task, args.overrides)
+    chosen = {stores.store_path(*pair): pair for pair in pairs}
+    plans: dict[Path, Plan | Exception] = {}
+    for path, (task, length) in chosen.items():
         try:
             plans[path] = task.plan(length)
-        except UserError as error:
+        except (UserError, OSError) as error:
             plans[path] = error
-    if not args.json:
-        _print_plans(selected, plans, args.force)
-    results, failures = [], []
-    for path, (task, length) in selected.items():
+    if not args.json and chosen:
+        _print_plans(chosen, plans, args.force)
+    results = []
+    for path, (task, length) in chosen.items():
         name, started = task.variant_name(length), time.perf_counter()
-        try:
-            if isinstance(plans[path], UserError) and (args.force or not path.is_dir()):
+        with failures.of(task.name, name):
+            if isinstance(plans[path], Exception) and (args.force or not path.is_dir()):
                 raise plans[path]
             with _progress(name) as progress:
                 store = prepare(task, length, workers=args.workers, progress=progress, force=args.force)
-        except UserError as error:
-            if args.task != "all":
-                raise
-            failures.append({"task": task.name, "variant": name, "error": str(error)})
-            continue
-        results.append(_result(task, length, store, time.perf_counter() - started))
+            results.append(_result(task, length, store, time.perf_counter() - started))
     if args.json:
-        print(json.dumps(results + failures, indent=1))
+        print(json.dumps(results + failures.found, indent=1))
     elif results:
         columns = ("variant", "origin", "train", "val", "test", "MiB", "s", "data hash", "folder")
         print(_table(columns, [[result[column] for column in columns] for result in results]))
         for result in results:
             print("".join(f"{result['variant']}: {note}\n" for note in result["notes"]), end="")
-    for failure in failures:
-        print(f"lra: {failure['task']}: {failure['error']}", file=sys.stderr)
-    return 1 if failures else 0
+    return failures.status()
 
 
 def _print_plans(
-    selected: dict[Path, tuple[Task, int]], plans: dict[Path, Plan | UserError], force: bool
+    chosen: dict[Path, tuple[Task, int]], plans: dict[Path, Plan | Exception], force: bool
 ) -> None:
     rows, mib, seconds = [], 0.0, 0.0
-    for path, (task, length) in selected.items():
+    for path, (task, length) in chosen.items():
         plan, name = plans[path], task.variant_name(length)
         if path.is_dir() and not force:
             rows.append([name, "already there", "", "", ""])
-        elif isinstance(plan, UserError):
+        elif isinstance(plan, Exception):
             rows.append([name, "no source", "", "", ""])
         else:
             rows.append([name, plan.source, f"{plan.rows:,}", f"{plan.mib:,.1f}", f"{plan.seconds:,.0f}"])
@@ -156,82 +113,95 @@ def _result(task: Task, length: int, store: stores.Store, seconds: float) -> dic
 
 
 def _verify(args: argparse.Namespace) -> int:
-    report, faulty = [], []
-    for task, length in {stores.store_path(*pair): pair for pair in _selected(args)}.values():
-        findings = verify(task, length)
-        report.append(
-            {"variant": task.variant_name(length), "findings": [dataclasses.asdict(f) for f in findings]}
-        )
-        faults = [f for f in findings if not f.ok]
-        if faults:
-            faulty.append(f"{stores.prepare_command(task, length)} --force")
-        if not args.json:
-            print(task.variant_name(length))
-            print(_table((), [["ok" if f.ok else "FAULT", f.what, f.detail] for f in findings]))
-            print(f"{len(findings)} checks, {len(faults)} faults\n")
+    report, faulty, (pairs, failures) = [], [], selected(args.task, args.overrides)
+    for task, length in pairs:
+        name = task.variant_name(length)
+        with failures.of(task.name, name):
+            findings = verify(task, length)
+            report.append({"variant": name, "findings": [dataclasses.asdict(f) for f in findings]})
+            faults = [f for f in findings if not f.ok]
+            if faults:
+                faulty.append(f"{stores.prepare_command(task, length)} --force")
+            if not args.json:
+                print(name)
+                print(_table((), [["ok" if f.ok else "FAULT", f.what, f.detail] for f in findings]))
+                print(f"{len(findings)} checks, {len(faults)} faults\n")
     if args.json:
-        print(json.dumps(report, indent=1))
+        print(json.dumps(report + failures.found, indent=1))
+    status = failures.status()
     if faulty:
         raise UserError(f"the stored data have faults; build them again: {'; '.join(faulty)}")
-    return 0
+    return status
 
 
 def _show(args: argparse.Namespace) -> int:
-    shown, selected = [], _selected(args)
-    if args.out is not None and len(selected) > 1:
-        raise UserError(
-            f"--out {args.out} takes one variant, {len(selected)} are named; show them one by one"
-        )
-    for task, length in selected:
-        store, split = stores.open_store(task, length), args.split or "train"
-        rows = examples(task, store, split, 3 if args.limit is None else args.limit)
-        picture = None
-        if task.stored == "pixels" or args.out is not None:
-            from lra.data.pictures import grid
+    shown, (pairs, failures) = [], selected(args.task, args.overrides)
+    _one_picture(args, pairs)
+    for task, length in pairs:
+        with failures.of(task.name, task.variant_name(length)):
+            store, split = stores.open_store(task, length), args.split or "train"
+            rows = examples(task, store, split, 3 if args.limit is None else args.limit)
+            if not args.json:
+                print(f"{store.data_variant}\n\n{examples_text(rows)}")
+            picture = None
+            if task.stored == "pixels" or args.out is not None:
+                from lra.data.pictures import grid
 
-            picture = str(grid(task, store, split, args.out or _picture(store, split)))
-        shown.append({"variant": store.data_variant, "examples": rows, "picture": picture})
-        if not args.json:
-            print(f"{store.data_variant}\n\n{examples_text(rows)}")
-            print(f"pictures: {picture}\n" if picture else "", end="")
+                picture = str(grid(task, store, split, args.out or _picture(store, split)))
+            shown.append({"variant": store.data_variant, "examples": rows, "picture": picture})
+            if picture and not args.json:
+                print(f"pictures: {picture}\n")
     if args.json:
-        print(json.dumps(shown, indent=1))
-    return 0
+        print(json.dumps(shown + failures.found, indent=1))
+    return failures.status()
+
+
+def _one_picture(args: argparse.Namespace, pairs: list[tuple[Task, int]]) -> None:
+    """Raises UserError where --out would have to take several pictures."""
+    if args.out is not None and len(pairs) > 1:
+        raise UserError(f"--out {args.out} takes one variant, {len(pairs)} are named; draw them one by one")
 
 
 def _picture(store: stores.Store, name: str) -> Path:
     """The place of a picture of this variant where no --out names one."""
     folder = data_root() / "pictures"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {folder} ({error.strerror}); name a place with --out FILE") from error
     return folder / f"{store.path.name}-{name}.png"
 
 
 def _stats(args: argparse.Namespace) -> int:
     from lra.data.pictures import charts
 
-    counted, selected = [], {stores.store_path(*pair): pair for pair in _selected(args)}
-    if args.out is not None and len(selected) > 1:
-        raise UserError(
-            f"--out {args.out} takes one variant, {len(selected)} are named; draw them one by one"
-        )
-    for task, length in selected.values():
-        store = stores.open_store(task, length)
-        splits = {split: statistics(task, store, split) for split in ([args.split] if args.split else SPLITS)}
-        generator = store.manifest.get("generator") or {}
-        accepted = generator["accepted"] / generator["attempts"] if "attempts" in generator else None
-        chart = str(charts(task, store, splits, args.out or _picture(store, "stats")))
-        counted.append(
-            {"variant": store.data_variant, "draws accepted": accepted, "splits": splits, "picture": chart}
-        )
-        if not args.json:
-            share = "" if accepted is None else f"   draws accepted {100 * accepted:.2f} %"
-            print(f"{store.data_variant}   {store.data_origin}   {store.data_hash}{share}\n")
-            for split, numbers in splits.items():
-                print(f"[{split}]\n{statistics_text(numbers)}\n")
-            print(f"charts: {chart}\n")
+    counted, (pairs, failures) = [], selected(args.task, args.overrides)
+    _one_picture(args, pairs)
+    for task, length in pairs:
+        with failures.of(task.name, task.variant_name(length)):
+            store, wanted = stores.open_store(task, length), [args.split] if args.split else SPLITS
+            splits = {split: statistics(task, store, split) for split in wanted}
+            generator = store.manifest.get("generator") or {}
+            accepted = generator["accepted"] / generator["attempts"] if "attempts" in generator else None
+            if not args.json:
+                share = "" if accepted is None else f"   draws accepted {100 * accepted:.2f} %"
+                print(f"{store.data_variant}   {store.data_origin}   {store.data_hash}{share}\n")
+                for split, numbers in splits.items():
+                    print(f"[{split}]\n{statistics_text(numbers)}\n")
+            chart = str(charts(task, store, splits, args.out or _picture(store, "stats")))
+            counted.append(
+                {
+                    "variant": store.data_variant,
+                    "draws accepted": accepted,
+                    "splits": splits,
+                    "picture": chart,
+                }
+            )
+            if not args.json:
+                print(f"charts: {chart}\n")
     if args.json:
-        print(json.dumps(counted, indent=1))
-    return 0
+        print(json.dumps(counted + failures.found, indent=1))
+    return failures.status()
 
 
 def _solve(args: argparse.Namespace) -> int:
@@ -243,7 +213,7 @@ def _solve(args: argparse.Namespace) -> int:
     given = {key: getattr(args, key) for key in ("epochs", "seed", "width", "time_limit")}
     given = {key: value for key, value in given.items() if value is not None}
     results = []
-    for task, length in _selected(args):
+    for task, length in selected(args.task, args.overrides)[0]:
         store = stores.open_store(task, length)
         setting = Setting(rows=args.limit, shuffled=args.shuffled, **given)
 
@@ -266,14 +236,12 @@ def _solve(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    selected = _selected(args)
+    pairs, _ = selected(args.task, args.overrides)
     if args.out is None:
         raise UserError("export needs a file to write; add --out FILE.npz")
-    if len(selected) > 1:
-        raise UserError(
-            f"--out {args.out} takes one variant, {len(selected)} are named; export them one by one"
-        )
-    store = stores.open_store(*selected[0])
+    if len(pairs) > 1:
+        raise UserError(f"--out {args.out} takes one variant, {len(pairs)} are named; export them one by one")
+    store = stores.open_store(*pairs[0])
     rows = export(store, args.split or "train", args.out, args.limit)
     made = {"out": str(args.out), "split": args.split or "train", "rows": rows, "data_hash": store.data_hash}
     print(json.dumps(made) if args.json else f"wrote {rows:,} rows of {made['split']} to {args.out}")

@@ -1,6 +1,7 @@
 """Rows for other tools, as one .npz file."""
 
 import os
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -18,16 +19,24 @@ def export(store: Store, split_name: str, out: Path, limit: int | None = None) -
     split = store.split(split_name)
     rows = len(split) if limit is None else min(limit, len(split))
     offsets = np.asarray(split.offsets[: rows * split.documents + 1])
+    small = {"offsets": offsets, "labels": split.labels[:rows], "vocab": np.array(store.vocab, dtype=np.str_)}
     partial = out.with_name(f".{out.name}.partial")
     try:
-        with open(partial, "wb") as handle:
-            np.savez(
-                handle,
-                tokens=split.tokens[: offsets[-1]],
-                offsets=offsets,
-                labels=split.labels[:rows],
-                vocab=np.array(store.vocab, dtype=np.str_),
-            )
+        with zipfile.ZipFile(partial, "w", allowZip64=True) as archive:
+            with archive.open("tokens.npy", "w", force_zip64=True) as member:
+                header = {
+                    "descr": split.tokens.dtype.str,
+                    "fortran_order": False,
+                    "shape": (int(offsets[-1]),),
+                }
+                np.lib.format.write_array_header_1_0(member, header)
+                for first, part in split.chunks():  # a Path-X split is larger than many memories
+                    if first < rows:
+                        stop = int(part.offsets[min(len(part), rows - first) * part.documents])
+                        member.write(part.tokens[:stop].tobytes())
+            for name, array in small.items():
+                with archive.open(f"{name}.npy", "w") as member:
+                    np.lib.format.write_array(member, array, allow_pickle=False)
         os.replace(partial, out)
     except OSError as error:
         partial.unlink(missing_ok=True)

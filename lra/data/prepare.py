@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lra.data.store import Store, data_root, open_store, prepare_command, store_path, sync_folder
-from lra.data.writer import StoreWriter
+from lra.data.writer import PROGRESS, StoreWriter
 from lra.errors import UserError
 from lra.tasks.base import Progress, Task
 
@@ -64,8 +64,12 @@ def _existing(task: Task, length: int) -> Store:
 
 def _build(task: Task, length: int, path: Path, workers: int | None, progress: Progress | None) -> None:
     partial, replaced = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.replaced")
+    if replaced.exists() and not path.exists():
+        replaced.rename(path)  # killed between the two renames below: the old data are still the data
     shutil.rmtree(replaced, ignore_errors=True)
-    _require_space(task, length)
+    if not (partial / PROGRESS).is_file():
+        shutil.rmtree(partial, ignore_errors=True)
+    _require_space(task, length, partial)
     writer = StoreWriter(partial, task, length)
     try:
         task.build(writer, length=length, workers=workers, progress=progress)
@@ -78,9 +82,11 @@ def _build(task: Task, length: int, path: Path, workers: int | None, progress: P
     except BaseException as error:
         writer.close()
         if writer.resumable and not isinstance(error, Exception):  # Ctrl-C, not a fault
-            log.warning("what was built so far stays in %s; the same command goes on from there", partial)
+            log.warning("the same command goes on from the last checkpoint in %s", partial)
         else:
             shutil.rmtree(partial, ignore_errors=True)
+            if not isinstance(error, Exception):
+                log.warning("nothing of %s was kept", path.name)
         raise
     if path.exists():
         path.rename(replaced)
@@ -101,8 +107,11 @@ def _lock(path: Path) -> Iterator[None]:
         yield
 
 
-def _require_space(task: Task, length: int) -> None:
-    needed, free = task.plan(length).mib, shutil.disk_usage(data_root()).free / 2**20
+def _require_space(task: Task, length: int, partial: Path) -> None:
+    """Raises UserError if what is still to be written has no room; `partial` is what a killed build left."""
+    held = sum(file.stat().st_size for file in partial.glob("*")) if partial.is_dir() else 0
+    needed = max(0.0, task.plan(length).mib - held / 2**20)
+    free = shutil.disk_usage(data_root()).free / 2**20
     if free < needed:
         raise UserError(
             f"{task.variant_name(length)} needs about {needed:,.0f} MiB, {data_root()} has {free:,.0f} MiB "

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from lra.data.store import Split, Store, summary
+from lra.errors import UserError
 from lra.tasks.base import Task
 
 _MOST_FREQUENT = 20
@@ -16,6 +17,7 @@ def examples(task: Task, store: Store, split_name: str, limit: int) -> list[dict
     shown = []
     for index in range(min(limit, len(split))):
         documents, label = split.row(index), int(split.labels[index])
+        _check_ids(store, split_name, max(int(document.max()) for document in documents))
         shown.append(
             {
                 "split": split_name,
@@ -29,12 +31,21 @@ def examples(task: Task, store: Store, split_name: str, limit: int) -> list[dict
     return shown
 
 
+def _check_ids(store: Store, split_name: str, largest: int) -> None:
+    if store.vocab and largest >= len(store.vocab):
+        raise UserError(
+            f"{store.path}: {split_name} has the id {largest}, the vocabulary has {len(store.vocab)} "
+            f"symbols; build it again: {store.remedy} --force"
+        )
+
+
 def statistics(task: Task, store: Store, split_name: str) -> dict[str, Any]:
     """Rows, label shares, lengths, shares of the symbols that occur, and what the task itself counts."""
     split = store.split(split_name)
     counted = summary(split.lengths, split.labels, task.num_classes)
     counts = symbol_counts(split)
     names = store.vocab or [str(value) for value in range(len(counts))]
+    _check_ids(store, split_name, len(counts) - 1)
     order = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
     return {
         "rows": counted["rows"],

@@ -108,7 +108,7 @@ class Store:
 
     def __init__(self, path: Path, remedy: str) -> None:
         """`remedy` is the command that builds this variant, for messages."""
-        self.path, self._splits = path, {}
+        self.path, self.remedy, self._splits = path, remedy, {}
         self.manifest = read_manifest(path, remedy)
         files = self.manifest["files"]
         for name in (file_name(split, part) for split in SPLITS for part in PARTS):
@@ -154,9 +154,15 @@ class Store:
                 )
                 for part in PARTS
             )
-            self._splits[name] = Split(
-                name, tokens, offsets, labels.astype(np.int64), self.manifest["documents"]
-            )
+            split = Split(name, tokens, offsets, labels.astype(np.int64), self.manifest["documents"])
+            try:
+                check_split(split)
+                if split.labels.max() >= self.manifest["num_classes"]:
+                    raise ValueError(f"label {split.labels.max()} of {self.manifest['num_classes']} classes")
+            except ValueError as error:
+                command = self.remedy.replace("prepare", "verify", 1)
+                raise UserError(f"{self.path}: {name} is damaged ({error}); for more: {command}") from error
+            self._splits[name] = split
         return self._splits[name]
 
 
@@ -194,7 +200,31 @@ def read_manifest(path: Path, remedy: str) -> dict[str, Any]:
         raise UserError(
             f"{path / 'manifest.json'} lacks {', '.join(missing)}; build it again: {remedy} --force"
         )
+    entries = manifest["files"].values() if isinstance(manifest["files"], dict) else [None]
+    whole = all(
+        isinstance(entry, dict)
+        and isinstance(entry.get("size"), int)
+        and isinstance(entry.get("sha256"), str)
+        for entry in entries
+    )
+    typed = all(isinstance(manifest[key], kind) for key, kind in _MANIFEST_TYPES.items())
+    if not whole or not typed or not all(isinstance(symbol, str) for symbol in manifest["vocabulary"]):
+        raise UserError(f"{path / 'manifest.json'} is damaged; build it again: {remedy} --force")
     return manifest
+
+
+def check_split(split: Split) -> None:
+    """Raises ValueError if the arrays of a split do not fit together; tokens are not read."""
+    tokens, offsets, labels = split.tokens, split.offsets, split.labels
+    if len(offsets) != len(labels) * split.documents + 1:
+        raise ValueError(f"{len(offsets):,} offsets do not fit {len(labels):,} labels")
+    if offsets[0] != 0 or offsets[-1] != len(tokens):
+        raise ValueError(
+            f"offsets run from {offsets[0]:,} to {offsets[-1]:,}, there are {len(tokens):,} tokens"
+        )
+    backwards = np.flatnonzero(offsets[1:] <= offsets[:-1])
+    if len(backwards):
+        raise ValueError(f"offsets do not rise after document {backwards[0]:,}")
 
 
 def summary(lengths: np.ndarray, labels: np.ndarray, num_classes: int) -> dict[str, Any]:
@@ -254,6 +284,17 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+_MANIFEST_TYPES = {
+    "splits": dict,
+    "duplicates": dict,
+    "vocabulary": list,
+    "vocab_size": int,
+    "num_classes": int,
+    "documents": int,
+    "dtype": str,
+    "data_origin": str,
+    "variant_name": str,
+}
 _MANIFEST_KEYS = (
     *(
         "task",

@@ -9,6 +9,7 @@ import numpy as np
 from lra.data.store import (
     PARTS,
     Split,
+    check_split,
     data_hash,
     disk_dtype,
     duplicates,
@@ -121,16 +122,9 @@ def _read_split(path: Path, name: str, task: Task, dtype: str) -> Split:
     tokens, offsets, labels = (
         np.memmap(path / file_name(name, part), disk_dtype(part, dtype), mode="r") for part in PARTS
     )
-    if len(offsets) != len(labels) * task.documents + 1:
-        raise ValueError(f"{len(offsets):,} offsets do not fit {len(labels):,} labels")
-    if offsets[0] != 0 or offsets[-1] != len(tokens):
-        raise ValueError(
-            f"offsets run from {offsets[0]:,} to {offsets[-1]:,}, there are {len(tokens):,} tokens"
-        )
-    backwards = np.flatnonzero(np.diff(offsets) <= 0)
-    if len(backwards):
-        raise ValueError(f"offsets do not rise after document {backwards[0]:,}")
-    return Split(name, tokens, offsets, labels.astype(np.int64), task.documents)
+    split = Split(name, tokens, offsets, labels.astype(np.int64), task.documents)
+    check_split(split)
+    return split
 
 
 def _check_split(split: Split, manifest: dict[str, Any], task: Task) -> tuple[list[Finding], list[bytes]]:

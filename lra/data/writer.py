@@ -164,7 +164,8 @@ class StoreWriter:
         empty = [split for split in SPLITS if split not in self._splits]
         if empty:
             raise UserError(
-                f"the source has no rows for {', '.join(empty)}; each of {', '.join(SPLITS)} needs some"
+                f"the source has no rows for {', '.join(empty)}; each of {', '.join(SPLITS)} needs some. "
+                "Check that it is whole"
             )
         splits = {split: self._splits[split] for split in SPLITS}
         files = {file.name: file.finish() for writer in splits.values() for file in writer.files.values()}

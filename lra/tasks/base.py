@@ -158,11 +158,18 @@ class Task:
     def overrides(self, length: int) -> list[str]:
         """The command-line overrides that lead from the defaults to this task at this length."""
         changed = [
-            f"task.{f.name}={'null' if value is None else value}"
+            f"task.{f.name}={_quoted(value)}"
             for f in dataclasses.fields(self)
             if f.name not in ("name", "padded_length") and (value := getattr(self, f.name)) != f.default
         ]
         return [f"length={length}", *changed]
+
+
+def _quoted(value: Any) -> str:
+    """A value as an override has it."""
+    if value is None or (isinstance(value, str) and not re.fullmatch(r"[\w./:@%+-]+", value)):
+        return "null" if value is None else "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return str(value)
 
 
 def canonical(value: Any) -> bytes:

@@ -198,10 +198,11 @@ def _read(
 ) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], str, list[str]]:
     """Grey pixels [rows 1024] and labels [rows] of both parts, the data's origin, and notes on it."""
     read: dict[str, list[tuple]] = {part: [] for part in PARTS}
-    done, known = 0, set()
+    done, known, jpegs = 0, set(), 0
     for chunk in chunks():
         read[chunk.part].append((chunk.place, gray(chunk.images).reshape(-1, LENGTH), chunk.labels))
         known |= _KNOWN[chunk.part] & set(_digests(chunk))
+        jpegs += chunk.jpeg
         before, done = done, done + len(chunk.labels)
         if progress and done // REPORT_EVERY > before // REPORT_EVERY:
             progress(done, max(sum(ROWS.values()), done))
@@ -209,7 +210,7 @@ def _read(
     for part, pieces in read.items():
         pieces.sort(key=lambda piece: piece[0])
         parts[part] = tuple(np.concatenate([piece[i] for piece in pieces]) for i in (1, 2))
-    return parts, *_origin({part: labels for part, (_, labels) in parts.items()}, known)
+    return parts, *_origin({part: labels for part, (_, labels) in parts.items()}, known, jpegs)
 
 
 def _digests(chunk: Chunk) -> list[str]:
@@ -220,8 +221,10 @@ def _digests(chunk: Chunk) -> list[str]:
     ]
 
 
-def _origin(labels: dict[str, np.ndarray], known: set[str]) -> tuple[str, list[str]]:
-    """(data_origin, notes): "original" only with CIFAR-10's label counts and all known images bit by bit."""
+def _origin(labels: dict[str, np.ndarray], known: set[str], jpegs: int) -> tuple[str, list[str]]:
+    """(data_origin, notes): "original" only with CIFAR-10's label counts, all known images bit by bit, and no
+    JPEG among the pictures.
+    """
     counts = {part: np.bincount(each, minlength=len(CLASSES)).tolist() for part, each in labels.items()}
     if any(counts[part] != [ROWS[part] // len(CLASSES)] * len(CLASSES) for part in PARTS):
         rows = {part: len(each) for part, each in labels.items()}
@@ -235,11 +238,13 @@ def _origin(labels: dict[str, np.ndarray], known: set[str]) -> tuple[str, list[s
         if found == _LABELS
         else "the rows are in another order than in CIFAR-10's batches, so the held-out rows are others too"
     )
-    if len(known) == wanted:
+    if len(known) == wanted and not jpegs:
         note = f"CIFAR-10's label counts, and all of {wanted} known images bit by bit; others not compared"
         return "original", [note, order]
-    note = f"CIFAR-10's label counts, but only {len(known)} of {wanted} known images bit by bit: a lossy copy"
-    return "lossy_copy", [note, order]
+    note = f"CIFAR-10's label counts, but {len(known)} of {wanted} known images bit by bit, {jpegs:,} JPEGs"
+    if not known and found != _LABELS:
+        return "stand_in", [f"{note}: other pictures", order]
+    return "lossy_copy", [f"{note}: a lossy copy", order]
 
 
 _LABELS = {

@@ -53,6 +53,7 @@ class Chunk:
     place: tuple
     images: np.ndarray
     labels: np.ndarray
+    jpeg: bool = False  # whether a picture came as JPEG, which does not keep the pixels
 
 
 Chunks = Callable[[], Iterator[Chunk]]
@@ -140,7 +141,8 @@ def _members(path: Path) -> Iterator[Chunk]:
             number = picture["file"]
             label, image = _label(picture["label"].lower(), where), _decoded(content, where)
             order = (int(number), name) if number.isdecimal() else (math.inf, name)
-            yield Chunk(picture["part"].lower(), (label, *order), image[None], np.array([label]))
+            part, jpeg = picture["part"].lower(), _is_jpeg(content)
+            yield Chunk(part, (label, *order), image[None], np.array([label]), jpeg)
             continue
         pixels, labels = (_records if batch["binary"] else unpickled)(content, where)
         batches[batch["batch"]] = len(labels)
@@ -231,7 +233,15 @@ def _columns(where: str | Path, found: Iterable[str]) -> tuple[str, str]:
 
 
 def _row(part: str, place: tuple, value: Any, label: Any, where: str) -> Chunk:
-    return Chunk(part, place, _decoded(value, where)[None], np.array([_label(label, where)]))
+    image = _decoded(value, where)[None]
+    return Chunk(part, place, image, np.array([_label(label, where)]), _is_jpeg(value))
+
+
+def _is_jpeg(value: Any) -> bool:
+    """Whether a picture that was decoded before is a JPEG."""
+    if isinstance(value, dict):
+        value = value.get("bytes")
+    return value.startswith(b"\xff\xd8") if isinstance(value, bytes) else value.format == "JPEG"
 
 
 def _label(value: Any, where: str) -> int:

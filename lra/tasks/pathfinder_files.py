@@ -154,13 +154,24 @@ class _Level:
                 f"{self.root} is not complete: the metadata list {len(listed):,} images, {len(missing):,} of "
                 f"them are not there (the first is {missing[0]}); get the folder anew"
             )
-        if len(self.images) > len(listed):
-            extra = len(self.images) - len(listed)
-            self.notes.append(f"{extra:,} images that no metadata list are left out")
+        extra = self.images.keys() - {name for name, _ in listed}
+        tables = {name: f"metadata/{name.split('/')[1]}.npy" for name in extra if not self._has_table(name)}
+        if tables:
+            raise UserError(
+                f"{self.root} is not complete: {len(tables):,} images are of batches whose table is "
+                f"missing or empty ({', '.join(sorted(set(tables.values()))[:3])}); get the folder anew"
+            )
+        if extra:
+            self.notes.append(f"{len(extra):,} images that no metadata list are left out")
         return (
             np.array([self.images[name] for name, _ in listed], np.int64),
             np.array([label for _, label in listed], np.uint8),
         )
+
+    def _has_table(self, name: str) -> bool:
+        """Whether the table of an image's batch lists any images."""
+        batch = name.split("/")[1]
+        return batch.isdecimal() and bool(self.tables.get(int(batch)))
 
 
 def _collect(place: Path, size: int, level: str, pixels: BinaryIO, progress: Progress | None) -> _Level:

@@ -8,6 +8,7 @@ The other form is a folder with texts/ID.txt, or one table of texts with columns
 pairs with columns label, id1, id2 and split, or one such table for each split.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -166,6 +167,8 @@ def _lra_rows(split: str, name: str, lines: Iterable[bytes], text: str, cut: Cut
         where = f"{name} line {number}"
         if len(line) > _LONGEST_LINE:
             raise UserError(f"{where} has more than {_LONGEST_LINE:,} bytes; get the file anew")
+        if not line.endswith(b"\n"):
+            raise UserError(f"{where}: the file ends in the middle of a line; it is cut off, get it anew")
         columns = line.removesuffix(b"\n").removesuffix(b"\r").split(b"\t")
         if len(columns) != 5:
             raise UserError(
@@ -305,7 +308,14 @@ class _Texts:
         if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
             raise UserError(f"{where}: the id {name!r} cannot be the name of a file in texts/")
         file = self.folder / f"{name}.txt"
-        return file.read_bytes() if file.is_file() else None
+        place = Path(os.path.realpath(file))
+        if not place.is_relative_to(os.path.realpath(self.folder)):
+            raise UserError(f"{where}: {file} is a link out of texts/, to {place}; put the file itself there")
+        if place.is_file():
+            return place.read_bytes()
+        if os.path.lexists(file):
+            raise UserError(f"{where}: {file} is no regular file; put the text itself there")
+        return None
 
     def _table(self) -> dict[tuple[str, str], bytes]:
         file, found = self.tables[0], {}

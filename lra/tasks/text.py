@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from lra.errors import UserError
 from lra.schema import setting
 from lra.tasks import text_files
 from lra.tasks.base import Plan, Progress
@@ -83,7 +84,9 @@ class Text(Written):
         encode = self.encoder(writer, _kept(rows, held_out), length)
         marks: dict[str, list[bytes]] = {"train": [], "test": []}
         for part in marks:
+            counts = [0] * self.num_classes
             for index, (_, text, label) in enumerate(rows(part)):
+                counts[label] += 1
                 marks[part].append(hashlib.blake2b(b"%d" % label + text, digest_size=16).digest())
                 tokens = encode(text)
                 held = held_out is not None and part == "train" and held_out[index]
@@ -93,6 +96,12 @@ class Text(Written):
                 if progress and index % 500 == 499:
                     done = index + 1 + (len(marks["train"]) if part == "test" else 0)
                     progress(done, max(2 * ROWS, done))
+            lacking = [label for label, count in zip(self.class_names(), counts, strict=True) if not count]
+            if lacking:
+                raise UserError(
+                    f"{name}: {part} has no {' and no '.join(lacking)} reviews; it needs both kinds. "
+                    "The source is not whole, get it anew"
+                )
         origin, notes = _origin(marks)
         writer.describe(source=name, data_origin=origin, generator=None, notes=notes)
 
@@ -130,5 +139,5 @@ def _origin(marks: dict[str, list[bytes]]) -> tuple[str, list[str]]:
         return "original", ["texts and labels are exactly those of IMDb v1.0"]
     counts = {part: len(rows) for part, rows in marks.items()}
     if set(counts.values()) == {ROWS}:
-        return "lossy_copy", ["as many rows as IMDb v1.0, but texts or labels differ from it"]
+        return "stand_in", ["as many rows as IMDb v1.0, but other texts or labels"]
     return "stand_in", [f"rows {counts}: not IMDb, which has {ROWS:,} in each"]

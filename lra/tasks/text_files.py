@@ -47,17 +47,20 @@ def located(source: str) -> tuple[str, Rows]:
     path = path.resolve()
     if path.is_file():
         archive = path.suffix.lower() in _ARCHIVES or is_archive(path)
-        return str(path), _archive(path) if archive else _tables({"": [path]})
-    for folder in (path, path / "aclImdb"):
-        if (folder / "train" / "pos").is_dir():
-            return str(path), _folder(folder)
+        return str(path), _reviews(path) if archive else _tables({"": [path]})
+    places = (path, path / "aclImdb", *sorted(path.glob("*/aclImdb")))
+    copies = [folder for folder in places if (folder / "train" / "pos").is_dir()]
+    if len(copies) > 1:
+        raise _twice(path, copies[0], copies[1])
+    if copies:
+        return str(path), _reviews(copies[0])
     for pattern in ("*.parquet", "*.csv"):
         named = {part: re.compile(rf"(imdb[_-])?{part}[-_.]", re.IGNORECASE) for part in ("train", "test")}
         files = {part: sorted(f for f in path.glob(pattern) if named[part].match(f.name)) for part in named}
         if all(files.values()):
             return str(path), _tables(files)
     if (path / ARCHIVE).is_file():
-        return str(path), _archive(path / ARCHIVE)
+        return str(path), _reviews(path / ARCHIVE)
     if any(path.glob("*/*.parquet")):
         return str(path), _hub(str(path), streaming=True)
     raise UserError(f"{path} holds no IMDb. {_wanted()}")
@@ -88,40 +91,38 @@ def _row(where: str, text: str | bytes | None, label: Any) -> Row:
     return where, text, known
 
 
-def _folder(root: Path) -> Rows:
-    """root/{train,test}/{neg,pos}/ID_RATING.txt: all negatives by id, then all positives by id."""
-
-    def rows(part: str) -> Iterator[Row]:
-        for label in ("neg", "pos"):
-            for path in sorted((root / part / label).glob("*.txt"), key=_by_id):
-                yield _row(str(path), path.read_bytes(), label)
-
-    return rows
-
-
-def _by_id(path: PurePosixPath | Path) -> tuple[float, str]:
-    number = path.stem.split("_")[0]
-    return (int(number) if number.isdigit() else math.inf, path.name)
-
-
-def _archive(path: Path) -> Rows:
-    """The authors' archive, or a zip of it, in the order of `_folder`. Held in memory while it is read: 65 MB
-    of reviews.
+def _reviews(path: Path) -> Rows:
+    """{train,test}/{neg,pos}/ID_RATING.txt in a folder or an archive: all negatives by id, then all positives
+    by id. Held in memory while they are read: 65 MB.
     """
-    found: dict[tuple[str, str], list[tuple[PurePosixPath, bytes]]] = {}
+    found: dict[PurePosixPath, bytes] = {}
 
     def rows(part: str) -> Iterator[Row]:
         if not found:
             for name, text in members(path, _is_review):
                 member = PurePosixPath(name)
-                found.setdefault(member.parts[-3:-1], []).append((member, text))
+                first = next(iter(found), member)
+                if member.parents[2] != first.parents[2]:
+                    raise _twice(path, first.parents[2], member.parents[2])
+                if member in found:
+                    raise UserError(f"{path}: '{member}' is there twice; get it anew")
+                found[member] = text
             if not found:
                 raise UserError(f"{path} holds no aclImdb/train/pos. {_wanted()}")
         for label in ("neg", "pos"):
-            for member, text in sorted(found.get((part, label), []), key=lambda entry: _by_id(entry[0])):
-                yield _row(f"{path.name}: {member}", text, label)
+            for member in sorted((m for m in found if m.parts[-3:-1] == (part, label)), key=_by_id):
+                yield _row(f"{path.name}: {member}", found[member], label)
 
     return rows
+
+
+def _twice(path: Path, one: PurePosixPath, other: PurePosixPath) -> UserError:
+    return UserError(f"{path} has IMDb twice, in '{one}' and in '{other}'; leave one, or name one of them")
+
+
+def _by_id(path: PurePosixPath) -> tuple[float, str]:
+    number = path.stem.split("_")[0]
+    return (int(number) if number.isdecimal() else math.inf, path.name)
 
 
 def _is_review(name: str) -> bool:

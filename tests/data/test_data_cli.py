@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from lra.data import cli
+from lra.data.selection import resolve
 from lra.data.store import open_store
 from lra.errors import UserError
 from lra.tasks.base import Plan
@@ -274,7 +275,7 @@ def test_export_of_the_first_rows_cuts_tokens_offsets_and_labels(run, tmp_path):
         (["prepare", "all", "task.num_trian=3"], "did you mean 'task.num_train'"),
         (["prepare", "all", "task.source=here"], "name the task instead of 'all'"),
         (["prepare", "all", "length=64"], "length= is one task's length; name the task instead of 'all'"),
-        (["prepare", "all", "task.val=test"], "has a validation split of its own"),
+        (["prepare", "text", "task.source=a.csv,b.csv"], "would fill the same folder; name one"),
         (["prepare", "image", "length=2048"], "its 32 x 32 pixels are length=1024"),
         (["prepare", "pathx", "task.level=easy"], "unknown setting 'task.level'"),
         (["prepare", "pathfinder32", "task.level=medium"], "available: easy, hard, intermediate"),
@@ -311,13 +312,13 @@ def test_help_lists_the_commands(run):
 
 
 def test_resolve_turns_overrides_into_typed_settings():
-    (task, length), (_, other) = cli.resolve(
+    (task, length), (_, other) = resolve(
         "listops", ["length=64,32", "task.max_depth=null", "task.source=null"]
     )
     assert (task, length, other) == (ListOps(), 64, 32)
-    assert cli.resolve("text", ["task.val=test"]) == [(Text(val="test"), 4000)]
+    assert resolve("text", ["task.val=test"]) == [(Text(val="test"), 4000)]
     with pytest.raises(UserError):
-        cli.resolve("text", ["task.padded_length=4096"])
+        resolve("text", ["task.padded_length=4096"])
 
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch, capsys):

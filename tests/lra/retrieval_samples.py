@@ -36,13 +36,6 @@ def as_lra(folder, end="\n"):
     return folder
 
 
-def as_lra_without_last_newline(folder):
-    as_lra(folder)
-    for file in folder.iterdir():
-        file.write_bytes(file.read_bytes()[:-1])
-    return folder
-
-
 def as_tar(folder):
     folder.mkdir(parents=True)
     with tarfile.open(folder / "any_name.gz", "w:gz") as archive:
@@ -136,7 +129,7 @@ def as_two_tables_with_kinds(folder):
     return folder
 
 
-LRA_FORMS = (as_lra, as_lra_without_last_newline, as_tar, as_release_in_a_folder, as_zip)
+LRA_FORMS = (as_lra, as_tar, as_release_in_a_folder, as_zip)
 PAIR_FORMS = (
     as_pairs,
     as_pairs_csv,

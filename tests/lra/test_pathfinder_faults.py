@@ -93,6 +93,14 @@ def test_a_fault_is_named_with_its_place(name, change, message, form, tmp_path):
     refused(files | {name: change(files[name])}, tmp_path, message, form)
 
 
+@pytest.mark.parametrize("form", ["folder", "tar", "zip"])
+@pytest.mark.parametrize("change", [lambda files: files.pop(TABLE), lambda files: files.update({TABLE: b""})])
+def test_a_batch_whose_table_is_missing_or_empty_is_refused(change, form, tmp_path):
+    files = level_files()
+    change(files)
+    refused(files, tmp_path, r"not complete: 10 images are of batches .*\(metadata/2.npy\)", form)
+
+
 def test_an_image_listed_by_two_tables_is_refused(tmp_path):
     refused(
         level_files() | {"metadata/3.npy": line(2, 0).encode()}, tmp_path, "list imgs/2/sample_0.png twice"

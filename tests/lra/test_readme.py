@@ -16,7 +16,7 @@ import torch
 
 import lra
 from lra import cli, config, environment, measure
-from lra.data.cli import resolve
+from lra.data.selection import resolve
 from lra.launch import sweep
 
 ROOT = Path(lra.__file__).resolve().parents[1]

@@ -1,6 +1,9 @@
 """Pairs of papers from every form of source, the printed form of bytes, and a message for each fault."""
 
+import os
+
 import pytest
+import retrieval_samples as samples
 from hypothesis import given
 from hypothesis import strategies as st
 from retrieval_samples import (
@@ -187,7 +190,7 @@ def test_a_faulty_line_is_named(content, message, tmp_path):
 )
 def test_a_text_that_cannot_be_decoded_is_named_and_is_kept_under_literal(field, message, tmp_path):
     source = as_lra(tmp_path / "source")
-    (source / "new_aan_pairs.eval.tsv").write_bytes(b"0.0\ta\tb\tb'x'\t" + field)
+    (source / "new_aan_pairs.eval.tsv").write_bytes(b"0.0\ta\tb\tb'x'\t" + field + b"\n")
     with pytest.raises(UserError, match=message):
         rows(source, "decoded")
     assert rows(source, splits=("val",)) == [("val", b"b'x'", field, 0)]
@@ -226,6 +229,17 @@ def test_a_large_table_in_an_archive_has_the_rows_of_the_file(form, tmp_path, mo
     assert sorted(rows(form(tmp_path / "source"))) == expected()
 
 
+@pytest.mark.parametrize("form", [as_lra, as_tar, as_zip])
+@pytest.mark.parametrize("cut", [1, 4, 30])
+def test_a_table_that_ends_in_the_middle_of_a_line_is_refused(cut, form, tmp_path, monkeypatch):
+    monkeypatch.setattr(samples, "lra_table", lambda split, end="\n": lra_table(split, end)[:-cut])
+    source = form(tmp_path / "source")
+    with pytest.raises(
+        UserError, match="tsv line [123]: the file ends in the middle of a line; it is cut off"
+    ):
+        rows(source)
+
+
 @pytest.mark.parametrize("form", [as_lra, as_zip])
 def test_a_table_of_lra_that_is_missing_is_named(form, tmp_path, monkeypatch):
     monkeypatch.delitem(LRA_NAMES, "val")
@@ -262,6 +276,32 @@ def test_a_faulty_pair_is_named(old, new, message, tmp_path):
     change(source / "pairs.tsv", old, new)
     with pytest.raises(UserError, match=message):
         rows(source)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda place, other: place.symlink_to(other), "X.txt is a link out of texts/"),
+        (lambda place, other: place.symlink_to("none"), "X.txt is no regular file"),
+        (lambda place, other: place.symlink_to("X.txt"), "X.txt is no regular file"),
+        (lambda place, other: place.mkdir(), "X.txt is no regular file"),
+        (lambda place, other: os.mkfifo(place), "X.txt is no regular file"),
+    ],
+    ids=["link", "dangling", "loop", "folder", "pipe"],
+)
+def test_a_text_that_is_no_file_of_the_folder_is_refused(make, message, tmp_path):
+    source = as_pairs(tmp_path / "source")
+    (source / "texts" / "X.txt").rename(tmp_path / "secret")
+    make(source / "texts" / "X.txt", tmp_path / "secret")
+    with pytest.raises(UserError, match=f"pairs.tsv row 3: .*{message}"):
+        rows(source)
+
+
+def test_a_link_within_the_folder_of_texts_is_followed(tmp_path):
+    source = as_pairs(tmp_path / "source")
+    (source / "texts" / "X.txt").rename(source / "texts" / "plain")
+    (source / "texts" / "X.txt").symlink_to("plain")
+    assert sorted(rows(source)) == expected()
 
 
 def test_an_empty_text_is_named_where_it_is_used(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 
 import lra
 from lra.config import RunConfig, compose, expand
-from lra.data.cli import resolve
+from lra.data.selection import resolve
 
 ROOT = Path(lra.__file__).resolve().parents[1]
 BASH = shutil.which("bash")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -139,5 +140,5 @@ def test_the_name_of_a_variant_says_how_it_differs_from_lra(task, length, name):
 def test_the_command_names_what_differs_from_the_defaults():
     task = tasks.get("listops")(num_train=10, max_depth=None, source="my folder")
     assert prepare_command(task, 32) == (
-        "lra data prepare listops length=32 'task.source=my folder' task.num_train=10"
+        "lra data prepare listops length=32 " + shlex.quote("task.source='my folder'") + " task.num_train=10"
     )

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import tarfile
 import zipfile
 from collections import Counter
@@ -186,7 +187,9 @@ def test_only_the_texts_of_imdb_count_as_original(tmp_path, monkeypatch):
     source = str(as_parquet(tmp_path / "s"))
     assert prepare(Text(source=source), 4000).data_origin == "stand_in"
     monkeypatch.setattr(module, "ROWS", 40)
-    assert prepare(Text(source=source), 4000, force=True).data_origin == "lossy_copy"
+    other = prepare(Text(source=source), 4000, force=True)
+    assert other.data_origin == "stand_in"
+    assert other.manifest["notes"] == ["as many rows as IMDb v1.0, but other texts or labels"]
     seen = {}
     fingerprint = module.fingerprint
     monkeypatch.setattr(module, "fingerprint", lambda marks: seen.setdefault(len(seen), fingerprint(marks)))
@@ -198,7 +201,7 @@ def test_only_the_texts_of_imdb_count_as_original(tmp_path, monkeypatch):
     assert prepare(Text(source=source), 4000, force=True).data_origin == "original"
     (text, label), *rest = SPLITS["test"]
     flipped = str(as_parquet(tmp_path / "u", SPLITS | {"test": [(text, 1 - label), *rest]}))
-    assert prepare(Text(source=flipped), 4000, force=True).data_origin == "lossy_copy"
+    assert prepare(Text(source=flipped), 4000, force=True).data_origin == "stand_in"
 
 
 def test_the_archive_may_lie_among_the_sources_as_it_is(root):
@@ -269,6 +272,70 @@ def test_a_file_that_is_not_utf8_is_named(tmp_path):
     (source / "aclImdb" / "test" / "pos" / "99_7.txt").write_bytes(b"caf\xe9")
     with pytest.raises(UserError, match="99_7.txt is not UTF-8"):
         prepare(Text(source=str(source)), 4000)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda place, other: place.symlink_to(other), "'train/pos/999_1.txt' is a link out of the folder"),
+        (
+            lambda place, other: place.symlink_to(place.parent / "none"),
+            "'train/pos/999_1.txt' is a .* link to",
+        ),
+        (lambda place, other: os.mkfifo(place), "'train/pos/999_1.txt' is a device, pipe"),
+    ],
+    ids=["link", "dangling", "pipe"],
+)
+def test_what_is_no_file_in_the_folder_of_reviews_is_refused(make, message, tmp_path):
+    (tmp_path / "secret").write_text("not a review")
+    source = as_folder(tmp_path / "s")
+    make(source / "aclImdb" / "train" / "pos" / "999_1.txt", tmp_path / "secret")
+    with pytest.raises(UserError, match=message):
+        prepare(Text(source=str(source)), 4000)
+
+
+def test_a_folder_with_the_name_of_a_review_is_passed_over(tmp_path):
+    source = as_folder(tmp_path / "s")
+    (source / "aclImdb" / "train" / "pos" / "999_1.txt").mkdir()
+    store = prepare(Text(source=str(source)), 4000)
+    assert sorted(stored(store, "train") + stored(store, "val")) == sorted(SPLITS["train"])
+
+
+@pytest.mark.parametrize("other", ["aclImdb/aclImdb", "b/aclImdb"])
+@pytest.mark.parametrize("form", ["folder", "zip", "tar"])
+def test_two_copies_are_refused_with_their_places(form, other, tmp_path):
+    source = as_folder(tmp_path / "s")
+    (source / other).parent.mkdir(exist_ok=True)
+    os.rename(as_folder(tmp_path / "again") / "aclImdb", source / other)
+    if form == "zip":
+        with zipfile.ZipFile(tmp_path / "x", "w") as archive:
+            for path in source.rglob("*.txt"):
+                archive.write(path, path.relative_to(source))
+    elif form == "tar":
+        with tarfile.open(tmp_path / "x", "w") as archive:
+            archive.add(source, ".")
+    with pytest.raises(UserError, match="has IMDb twice, in '.*' and in '.*'; leave one") as caught:
+        prepare(Text(source=str(source if form == "folder" else tmp_path / "x")), 4000)
+    assert f"{other}'" in str(caught.value)
+
+
+def test_a_review_that_an_archive_has_twice_is_refused(tmp_path):
+    source = as_archive(tmp_path / "s")
+    folder = tmp_path / "s" / "unpacked" / "aclImdb"
+    with tarfile.open(source, "w") as archive:
+        archive.add(folder, "aclImdb")
+        archive.add(folder / "test" / "neg" / "0_7.txt", "aclImdb/test/neg/0_7.txt")
+    with pytest.raises(UserError, match="'aclImdb/test/neg/0_7.txt' is there twice; get it anew"):
+        prepare(Text(source=str(source)), 4000)
+
+
+@pytest.mark.parametrize("val", ["heldout", "test"])
+@pytest.mark.parametrize(("part", "label", "kind"), [("train", 1, "positive"), ("test", 0, "negative")])
+def test_a_part_without_one_of_the_labels_is_refused(part, label, kind, val, tmp_path):
+    splits = SPLITS | {part: [row for row in SPLITS[part] if row[1] != label]}
+    source = str(as_folder(tmp_path / "s", splits))
+    with pytest.raises(UserError, match=f"{part} has no {kind} reviews; .*get it anew"):
+        prepare(Text(source=source, val=val), 4000)
 
 
 def test_a_missing_column_is_named_with_those_there_are(tmp_path):
