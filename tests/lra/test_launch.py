@@ -107,7 +107,11 @@ def test_every_visible_gpu_gets_a_worker(monkeypatch):
 def test_a_signal_ends_a_sweep_with_its_status_and_leaves_checkpoints(tiny, number, status):
     long = tiny("model=identity", "seed=0,1", "train.num_steps=1000000", "train.eval_every=500000")
     process = subprocess.Popen(
-        [sys.executable, "-m", "lra", "train", "-m", *long], env=os.environ, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "lra", "train", "-m", *long],
+        env=os.environ,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
     )
     deadline = time.monotonic() + 60
     while not list(records.runs_root().glob("*/metrics.jsonl")) and time.monotonic() < deadline:
