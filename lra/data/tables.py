@@ -6,6 +6,7 @@ Everything is read in pieces and only once, so a table may be larger than the me
 import contextlib
 import csv
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,14 @@ def require_columns(path: Path, columns: tuple[str, ...], found: Iterable[str]) 
             f"{path} has no column {', '.join(missing)}{hint if 'split' in missing else ''}; "
             f"it has: {', '.join(found) or 'none'}"
         )
+
+
+def is_hub_id(source: str, suffixes: tuple[str, ...]) -> bool:
+    """Whether a source that is no place on the disk may be on the hub: `name` or `owner/name`, without the
+    suffix of a file.
+    """
+    named = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source)
+    return named is not None and Path(source).suffix.lower() not in suffixes
 
 
 def hub(name: str, *, streaming: bool = False, wanted: str) -> Callable[[str], Iterator[dict[str, Any]]]:

@@ -72,7 +72,7 @@ def located(source: str) -> tuple[str, Chunks]:
     """The full name and the chunks of a folder, file, archive or hub id; UserError if it is none of them."""
     path = Path(source).expanduser()
     if not path.exists():
-        if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source) and path.suffix.lower() not in _SUFFIXES:
+        if tables.is_hub_id(source, _SUFFIXES):
             return source, _complete(source, _hub, source)
         raise UserError(f"task.source={source}: there is no such file or folder. {wanted()}")
     path = path.resolve()

@@ -8,7 +8,7 @@ from typing import Any
 
 from lra.data import data_root
 from lra.data.archives import is_archive, members
-from lra.data.tables import hub, table
+from lra.data.tables import hub, is_hub_id, table
 from lra.errors import UserError
 
 HUB_ID = "stanfordnlp/imdb"
@@ -41,7 +41,7 @@ def located(source: str) -> tuple[str, Rows]:
     """The full name and the rows of a folder, file, archive or hub id; UserError if it is none of them."""
     path = Path(source).expanduser()
     if not path.exists():
-        if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source) and path.suffix.lower() not in _SUFFIXES:
+        if is_hub_id(source, _SUFFIXES):
             return source, _hub(source)
         raise UserError(f"task.source={source}: there is no such file or folder. {_wanted()}")
     path = path.resolve()

@@ -24,22 +24,6 @@ SMALL = ["length=32", "task.num_train=50", "task.num_val=10", "task.num_test=10"
 TASK = ListOps(num_train=50, num_val=10, num_test=10)
 
 
-@pytest.fixture(autouse=True)
-def root(tmp_path, monkeypatch):
-    monkeypatch.setenv("LRA_DATA", str(tmp_path / "data"))
-    return tmp_path / "data"
-
-
-@pytest.fixture
-def run(capsys):
-    def call(*argv):
-        status = cli.main(list(argv))
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return call
-
-
 def change(path, place, value):
     data = bytearray(path.read_bytes())
     data[place] = value

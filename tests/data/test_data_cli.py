@@ -20,22 +20,6 @@ PATHFINDERS = ("pathfinder32-hard", "pathfinder128-hard")
 TASK = ListOps(num_train=50, num_val=10, num_test=10)
 
 
-@pytest.fixture(autouse=True)
-def root(tmp_path, monkeypatch):
-    monkeypatch.setenv("LRA_DATA", str(tmp_path / "data"))
-    return tmp_path / "data"
-
-
-@pytest.fixture
-def run(capsys):
-    def call(*argv):
-        status = cli.main(list(argv))
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return call
-
-
 @pytest.fixture
 def reviews(root):
     place = root / "sources" / "imdb"

@@ -38,12 +38,6 @@ print(prepare(Slow(), 50).data_hash)
 """
 
 
-@pytest.fixture(autouse=True)
-def root(tmp_path, monkeypatch):
-    monkeypatch.setenv("LRA_DATA", str(tmp_path / "data"))
-    return tmp_path / "data"
-
-
 @dataclass(frozen=True)
 class Failing(Synthetic):
     """Fails in the middle of its build."""

@@ -15,12 +15,6 @@ from lra.errors import UserError
 QUICK = {"test_rows": 200, "epochs": 3, "batch_size": 32, "width": 8, "blocks": 1}
 
 
-@pytest.fixture(autouse=True)
-def root(tmp_path, monkeypatch):
-    monkeypatch.setenv("LRA_DATA", str(tmp_path / "data"))
-    return tmp_path / "data"
-
-
 @dataclass(frozen=True)
 class Bars(Pixels):
     """Noise with a bright bar: lying (label 0) or standing (label 1)."""

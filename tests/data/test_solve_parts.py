@@ -16,12 +16,6 @@ CPU = torch.device("cpu")
 QUICK = {"epochs": 3, "batch_size": 32, "width": 8, "blocks": 1, "test_rows": 200}
 
 
-@pytest.fixture(autouse=True)
-def root(tmp_path, monkeypatch):
-    monkeypatch.setenv("LRA_DATA", str(tmp_path / "data"))
-    return tmp_path / "data"
-
-
 @dataclass(frozen=True)
 class Shades(Pixels):
     """Dark and bright images, labelled in the test split the other way round; sorted by label."""

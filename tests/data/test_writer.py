@@ -17,12 +17,6 @@ from lra.errors import UserError
 LENGTH = 40
 
 
-@pytest.fixture(autouse=True)
-def root(tmp_path, monkeypatch):
-    monkeypatch.setenv("LRA_DATA", str(tmp_path / "data"))
-    return tmp_path / "data"
-
-
 class _Long:
     """A build with a checkpoint every 10 rows that can be stopped before any row."""
 
