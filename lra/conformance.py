@@ -8,7 +8,13 @@ from dataclasses import dataclass
 import torch
 from omegaconf import OmegaConf
 
-from lra import conformance_checks, conformance_compile, conformance_numerics, registry
+from lra import (
+    conformance_checks,
+    conformance_compile,
+    conformance_numerics,
+    conformance_proofs,
+    registry,
+)
 from lra.arguments import Parser
 from lra.conformance_checks import batch_leak, content_leak, length_leak
 from lra.conformance_compile import compiled_like_eager
@@ -30,7 +36,7 @@ __all__ = [
 
 ALL_CHECKS = [
     check
-    for file in (conformance_checks, conformance_numerics, conformance_compile)
+    for file in (conformance_checks, conformance_numerics, conformance_compile, conformance_proofs)
     for check in checks_in(file)
 ]
 

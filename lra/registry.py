@@ -15,13 +15,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from omegaconf import MISSING
 
 from lra import MODELS
 from lra.errors import UserError, unknown
 from lra.schema import BackboneConfig
 
-SUPPORT_FILES = ("__init__", "common", "layers")
+SUPPORT_FILES = ("__init__", "blocks", "common", "layers", "schedules")
 
 
 def load_models() -> ModuleType:
@@ -124,6 +125,22 @@ def build(model, place):
         return models.common.create(cls, place, **{**shared, **model.own})
     except ValueError as error:
         raise UserError(f"model '{model.name}': {error}") from error
+
+
+def traits(model):
+    """What the mechanism of a `ModelConfig` claims about itself, as its options make it."""
+    models, backbone = load_models(), model.backbone
+    with torch.random.fork_rng([]):
+        return build(
+            model,
+            models.Place(
+                d_model=backbone.d_model,
+                num_heads=backbone.num_heads,
+                max_len=64,
+                num_layers=backbone.num_layers,
+                d_head=backbone.d_head,
+            ),
+        ).traits
 
 
 def accepts(model) -> set[str]:

@@ -91,6 +91,9 @@ def execute(
 def train(record: Record, config: RunConfig, store: Store, folder: Path, progress: Progress | None) -> Record:
     """The record with what training measured, or with the status and reason of its failure."""
     trainer = None
+    if config.task.black == "padding" and registry.traits(config.model).needs_prefix_mask:
+        reason = f"{config.model.label} cannot mask single positions, which task.black=padding asks for"
+        return dataclasses.replace(record, status="unsupported", reason=reason)
     try:
         trainer = Trainer(config, store, folder, progress=progress)
         device = trainer.device

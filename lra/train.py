@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lra import checkpoint, cost, environment, records
+from lra import checkpoint, cost, environment, records, registry
 from lra.backbone import Backbone
 from lra.config import RunConfig
 from lra.data.batch import Batch, Batches, decoding, token_sizes
@@ -345,17 +345,21 @@ class _Segment:
 
 
 def choose_layout(config: RunConfig) -> str:
-    """`packed`, unless a quirk of the recipe counts padding; UserError if that quirk is asked for while
-    packed.
+    """`packed`, unless a quirk of the recipe or of the mechanism needs padding; UserError if it is asked for
+    while packed.
     """
     quirks = []
+    if config.task.black == "padding":
+        quirks.append("task.black=padding")
+    if not registry.traits(config.model).content_invariant:
+        quirks.append(f"model={config.model.label}, as it is set, reads padding and")
     if config.model.backbone.norm == "batch" and config.model.backbone.norm_stats == "all":
         quirks.append("model.norm_stats=all")
     if config.model.backbone.pool == "mean_all":
         quirks.append("model.pool=mean_all")
     if quirks and config.train.layout == "packed":
         raise UserError(
-            f"{quirks[0]} counts padding, which train.layout=packed does not have; use train.layout=padded"
+            f"{quirks[0]} needs padding, which train.layout=packed does not have; use train.layout=padded"
         )
     if config.train.layout != "auto":
         return config.train.layout

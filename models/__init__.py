@@ -7,7 +7,7 @@ from models.common import Block, Mixer, Place, Traits, create, register, registe
 
 __all__ = ["Block", "Mixer", "Place", "Traits", "build", "get", "names", "register"]
 
-SUPPORT = ("common", "layers")  # files here that hold no mechanism
+SUPPORT = ("blocks", "common", "layers", "schedules")  # files here that hold no mechanism
 
 
 def _import_all() -> None:

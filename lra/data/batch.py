@@ -48,18 +48,23 @@ class Batches:
         seed: int = 0,
         id_offset: int = 0,
         scaling: tuple[float, float] | None = None,
+        zero_is_padding: bool = False,
         token_sizes: tuple[int, ...] = (),
     ) -> None:
         """`scaling` (mean, std) makes values out of stored pixels; else stored numbers plus `id_offset` are
-        ids.
+        ids. `zero_is_padding` masks stored zeros wherever they stand, which only padded batches can.
 
         `token_sizes`: the row counts that packed batches are filled up to; () takes each batch as it is.
         """
         self.documents, self.padded_length, self.batch_size = documents, padded_length, batch_size
         self.device, self.packed, self.seed = device, packed, seed
         self.id_offset, self.scaling, self.token_sizes = id_offset, scaling, token_sizes
-        self.num_rows = len(split)
+        assert not (packed and zero_is_padding), "packed rows have no holes"
+        self.num_rows, self.zero_is_padding = len(split), zero_is_padding
         self.lengths = np.minimum(np.diff(split.offsets), length).astype(np.int64)  # [rows x documents]
+        self.num_real = self.lengths  # [rows x documents], tokens that are not padding
+        if zero_is_padding:
+            self.num_real = _count_nonzero(split.tokens, split.offsets)
         self.tokens = torch.from_numpy(np.asarray(split.tokens)).to(device)
         self.starts = torch.from_numpy(np.asarray(split.offsets[:-1], dtype=np.int64)).to(device)
         self.labels = torch.from_numpy(np.asarray(split.labels, dtype=np.int64)).to(device)
@@ -73,7 +78,7 @@ class Batches:
     @cached_property
     def full(self) -> bool:
         """Whether every sequence has exactly the padded length."""
-        return bool((self.lengths == self.padded_length).all())
+        return bool((self.num_real == self.padded_length).all())
 
     @property
     def batches_per_epoch(self) -> int:
@@ -108,7 +113,7 @@ class Batches:
         else:
             inputs, layout = self._pad(starts, lengths)
         labels = self.labels[self._to_device(rows)]
-        return Batch(self._as_inputs(inputs), labels, layout, rows, int(lengths.sum()))
+        return Batch(self._as_inputs(inputs), labels, layout, rows, int(self.num_real[sequences].sum()))
 
     def _pack(self, starts: Tensor, lengths: np.ndarray) -> tuple[Tensor, Packed]:
         total = int(lengths.sum())
@@ -126,9 +131,10 @@ class Batches:
     def _pad(self, starts: Tensor, lengths: np.ndarray) -> tuple[Tensor, Padded]:
         within = torch.arange(self.padded_length, device=self.device)
         mask = within < self._to_device(lengths)[:, None]
-        source = torch.where(mask, starts[:, None] + within, 0)
-        layout = Padded(len(lengths), self.padded_length, None if self.full else mask, self.device)
-        return self.tokens[source], layout
+        stored = self.tokens[torch.where(mask, starts[:, None] + within, 0)]
+        if self.zero_is_padding:
+            mask = mask & (stored != 0)
+        return stored, Padded(len(lengths), self.padded_length, None if self.full else mask, self.device)
 
     def _as_inputs(self, stored: Tensor) -> Tensor:
         if self.scaling is not None:
@@ -145,7 +151,22 @@ def decoding(task: Task) -> dict[str, Any]:
     """How a task's stored numbers become inputs, as arguments of `Batches`."""
     if task.input == "continuous":
         return {"scaling": task.scaling}
-    return {"id_offset": 1 if task.stored == "pixels" else 0}
+    return {
+        "id_offset": 1 if task.stored == "pixels" else 0,
+        "zero_is_padding": task.black == "padding",
+    }
+
+
+def _count_nonzero(tokens: np.ndarray, offsets: np.ndarray, *, rows_at_once: int = 4096) -> np.ndarray:
+    """How many stored numbers of each row are not zero, [rows] int64; no row may be empty."""
+    counts = [
+        np.add.reduceat(
+            tokens[bounds[0] : bounds[-1]] != 0, bounds[:-1] - bounds[0], dtype=np.int64
+        )
+        for start in range(0, len(offsets) - 1, rows_at_once)
+        if len(bounds := offsets[start : start + rows_at_once + 1]) > 1
+    ]
+    return np.concatenate(counts) if counts else np.zeros(0, np.int64)
 
 
 def token_sizes(

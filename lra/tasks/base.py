@@ -69,6 +69,8 @@ class Task:
     the store.
     """
     documents: ClassVar[int] = 1
+    black: ClassVar[str] = "pixel"
+    """What a black pixel is: a "pixel" like others, or "padding", as in code whose mask is `id > 0`."""
     input: ClassVar[str] = "tokens"
     """What the model sees: "tokens" or "continuous"."""
     stored: ClassVar[str] = "tokens"

@@ -54,6 +54,7 @@ class Image(Task):
     split: str = setting("random", choices=("random", "stored"))
     gray: str = setting("pil", choices=("pil", "tf"))
     input: str = setting("tokens", choices=("tokens", "continuous"))
+    black: str = setting("pixel", choices=("pixel", "padding"))
     mean: float = MEAN
     std: float = setting(STD, low=1e-6)
 
@@ -71,6 +72,8 @@ class Image(Task):
     def check(self) -> None:
         super().check()
         idle = {}
+        if self.input == "continuous":
+            idle["black"] = "task.input=continuous"
         if self.input == "tokens":
             idle |= {"mean": "task.input=tokens", "std": "task.input=tokens"}
         if self.split == "stored":

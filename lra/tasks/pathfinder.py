@@ -46,6 +46,7 @@ class Pathfinder(Task):
 
     name: str = "pathfinder"
     input: str = setting("tokens", choices=("tokens", "continuous"))
+    black: str = setting("pixel", choices=("pixel", "padding"))  # padding: as code that masks all ids <= 0
     mean: float = 0.5  # of input=continuous: (pixel / 255 - mean) / std
     std: float = setting(0.5, low=1e-6)
     num_images: int = setting(LRA_IMAGES, low=10)  # generated ones; 80, 10 and 10 % by index
@@ -76,6 +77,8 @@ class Pathfinder(Task):
         if self.split_seed >= 1 << 63:
             raise UserError(f"task.split_seed={self.split_seed} is out of range; it must be below 2^63")
         idle = {}
+        if self.input == "continuous":
+            idle["black"] = "task.input=continuous; for task.input=tokens it does"
         if self.input == "tokens":
             idle |= {key: "task.input=tokens; for task.input=continuous it does" for key in ("mean", "std")}
         if self.source is None:

@@ -133,3 +133,16 @@ def test_sixteen_thousand_positions_of_one_byte_each_are_gathered_without_copyin
     made = batches([16_384] * 8, length=16_384, padded_length=16_384)
     assert made.device_bytes < 8 * 16_384 + 1000
     assert next(made.in_order()).inputs.shape == (3 * 16_384,)
+
+
+def test_black_pixels_as_padding_are_masked_where_they_stand():
+    stored = split([12] * 4)
+    stored.tokens[[0, 5, 11, 30]] = 0  # rows 0 and 2
+    options = {"documents": 1, "length": 12, "padded_length": 12, "batch_size": 4, "packed": False}
+    made = Batches(stored, device=torch.device("cpu"), zero_is_padding=True, id_offset=1, **options)
+    batch = next(made.in_order())
+    expected = torch.ones(4, 12, dtype=torch.bool)
+    expected[0, [0, 5, 11]] = expected[2, 6] = False
+    assert torch.equal(batch.layout.mask, expected)
+    assert batch.num_tokens == 44 and not made.full
+    assert torch.equal(batch.inputs.flatten(), torch.from_numpy(stored.tokens).long() + 1)

@@ -247,7 +247,7 @@ GOLDEN_TEXT = [0.720595, 0.653941, 0.566855, 0.501431]
 def test_quirks_that_count_padding_take_the_padded_layout(tiny, option, value):
     settings = tiny(f"model.{option}={value}", "model.norm=batch")
     assert choose_layout(compose(settings)) == "padded"
-    with pytest.raises(UserError, match="counts padding"):
+    with pytest.raises(UserError, match="needs padding"):
         choose_layout(compose([*settings, "train.layout=packed"]))
 
 

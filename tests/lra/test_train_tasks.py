@@ -8,6 +8,8 @@ from lra import run
 from lra.config import compose
 from lra.data.batch import Batches, decoding
 from lra.data.prepare import prepare
+from lra.errors import UserError
+from lra.train import build_model, choose_layout
 
 MODEL = ["model.d_model=16", "model.d_ff=32", "model.num_layers=1", "train.num_steps=4", "train.eval_every=4"]
 PATHFINDER = ["task=pathfinder32", "task.num_images=100", "batch_size=8"]
@@ -90,3 +92,57 @@ def test_a_pixel_becomes_the_id_after_it_or_its_scaled_value():
     inputs, _ = batch_of(["task.input=continuous", "task.mean=0.25", "task.std=0.5"])
     wanted = torch.from_numpy((pixels / 255 - 0.25) / 0.5).float().unsqueeze(-1)
     torch.testing.assert_close(inputs, wanted)
+
+
+def test_black_pixels_as_padding_reach_no_logit():
+    config = compose([*PATHFINDER, "model=softmax", *MODEL, "task.black=padding"])
+    record = run.execute(config)
+    assert record.status == "ok" and record.layout == "padded"
+    assert record.run_id != run.execute(compose([*PATHFINDER, "model=softmax", *MODEL])).run_id
+    store = prepare(config.task, config.length)
+    batches = Batches(
+        store.split("test"),
+        documents=1,
+        length=1024,
+        padded_length=1024,
+        batch_size=5,
+        packed=False,
+        device=torch.device("cpu"),
+        **decoding(config.task),
+    )
+    batch = next(batches.in_order())
+    torch.manual_seed(0)
+    model = build_model(config, vocab_size=store.vocab_size).eval()
+    before = model(batch.inputs, batch.layout)
+    black = model.embedding.values.weight[1]
+    with torch.no_grad():
+        black += 5.0
+    torch.testing.assert_close(model(batch.inputs, batch.layout), before, rtol=0, atol=1e-5)
+    assert 0 < batch.num_tokens < 5 * 1024
+
+
+def test_black_pixels_as_padding_need_tokens_and_the_padded_layout():
+    with pytest.raises(UserError, match="black"):
+        compose([*PATHFINDER, "model=softmax", "task.input=continuous", "task.black=padding"])
+    with pytest.raises(UserError, match="needs padding"):
+        choose_layout(compose([*PATHFINDER, "task.black=padding", "train.layout=packed"]))
+
+
+def test_a_mechanism_that_cannot_mask_single_pixels_is_unsupported(tmp_path, monkeypatch):
+    (tmp_path / "prefix_only.py").write_text(PREFIX_ONLY)
+    target = f"model.target={tmp_path / 'prefix_only.py'}:PrefixOnly"
+    config = [*PATHFINDER, "model=custom", target, *MODEL, "task.black=padding"]
+    record = run.execute(compose(config))
+    assert record.status == "unsupported" and "single positions" in record.reason
+
+
+PREFIX_ONLY = """
+import dataclasses
+from models import Mixer, Traits
+
+class PrefixOnly(Mixer):
+    traits = Traits(needs_prefix_mask=True, because={"needs_prefix_mask": "a test"})
+
+    def attend(self, q, k, v, mask):
+        return v
+"""

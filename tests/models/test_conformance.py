@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from references import cases
+from proofs import cases
 
 import models
 from lra.conformance import ALL_CHECKS, compiled_like_eager, leaks, subject
@@ -15,7 +15,16 @@ VARIANTS = [
     for own in [*cases(name), *([{"redraw_every": 1000}] if name == "performer" else [])]
     if own
 ]
-ABOUT_THE_FILE = ("docstring_fields", "configuration_matches", "compiles")
+COMPARED_ONCE = (
+    "docstring_fields",
+    "configuration_matches",
+    "compiles",
+    "equals_reference",
+    "gradients_equal_reference",
+    "equals_limits",
+    "equals_oracles",
+    "faults_are_caught",
+)
 
 
 @pytest.mark.parametrize("check", ALL_CHECKS, ids=lambda check: check.__name__)
@@ -27,7 +36,7 @@ def test_mechanism_conforms(name, check):
 @pytest.mark.parametrize(("name", "own"), VARIANTS)
 def test_variant_conforms(name, own):
     for check in ALL_CHECKS:
-        if check.__name__ not in ABOUT_THE_FILE:
+        if check.__name__ not in COMPARED_ONCE:
             assert_passes(check(subject(name, own)))
 
 

@@ -1,0 +1,243 @@
+"""Checks against what tests/models/proofs knows: a reference, limits, public implementations, planted faults.
+
+In a clone they are part of `lra check-model`; an installed wheel has no tests, and they are n/a.
+"""
+
+import importlib
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from lra.conformance_subject import (
+    EXACT,
+    Outcome,
+    Probe,
+    Subject,
+    change,
+    check,
+    failed,
+    largest,
+    not_applicable,
+    passed,
+    within,
+)
+
+LENGTHS = (1, 2, 17, 63, 150)
+FAULTY_LENGTHS = (17, 63)
+GRADIENT_LENGTHS = (2, 17)
+SCALES = (1.0, 4.0)
+FAULT_NAMES = ("no scale", "no mask", "k and v swapped", "window off by one", "wrong eps")
+
+
+@check("proof", "outputs equal a float64 reference written from the formula alone, at five lengths, any mask")
+def equals_reference(subject: Subject) -> Outcome:
+    if (proof := proof_of(subject)) is None:
+        return _no_proof(subject)
+    cases = cases_of(subject, proof)
+    errors = [
+        output_error(subject, proof, own, length, scale)
+        for own in cases
+        for length in LENGTHS
+        for scale in SCALES
+    ]
+    return within(largest(errors), EXACT, _count(len(cases), "set", "of arguments"))
+
+
+@check("proof", "gradients of inputs and parameters equal the reference's")
+def gradients_equal_reference(subject: Subject) -> Outcome:
+    if (proof := proof_of(subject)) is None:
+        return _no_proof(subject)
+    cases = cases_of(subject, proof)
+    errors = [gradient_error(subject, proof, own, length) for own in cases for length in GRADIENT_LENGTHS]
+    return within(largest(errors), EXACT, _count(len(cases), "set", "of arguments"))
+
+
+@check("proof", "in its limit case it equals softmax or the dense kernel")
+def equals_limits(subject: Subject) -> Outcome:
+    if (proof := proof_of(subject)) is None:
+        return _no_proof(subject)
+    limits = getattr(proof, "LIMITS", [])
+    if not limits:
+        return not_applicable(getattr(proof, "NO_LIMIT", "no limit case is written down"))
+    return _worst([(limit.claim, limit.measure(), limit.tolerance) for limit in limits])
+
+
+@check("proof", "it equals an independent public implementation")
+def equals_oracles(subject: Subject) -> Outcome:
+    if (proof := proof_of(subject)) is None:
+        return _no_proof(subject)
+    found, missing = [], []
+    for oracle in getattr(proof, "ORACLES", []):
+        try:
+            found.append((f"{oracle.source}: {oracle.claim}", oracle.measure(), oracle.tolerance))
+        except ImportError:
+            missing.append(f"{oracle.source} is not installed")
+    if found:
+        return _worst(found)
+    return not_applicable("; ".join(missing) or getattr(proof, "NO_ORACLE", "no oracle is written down"))
+
+
+@check("proof", "each of five classical mistakes, planted in its file, moves its outputs off the reference")
+def faults_are_caught(subject: Subject) -> Outcome:
+    if (proof := proof_of(subject)) is None:
+        return _no_proof(subject)
+    told = []
+    for fault in FAULT_NAMES:
+        plant = proof.FAULTS.get(fault, "")
+        if isinstance(plant, str):
+            if not plant.strip():
+                return failed(f"{fault}: neither planted nor ruled out")
+            told.append(f"{fault}: cannot be made, {plant}")
+            continue
+        honest = fault_error(subject, proof, plant.own)
+        with plant.planted(subject.name):
+            moved = fault_error(subject, proof, plant.own)
+        if not honest <= EXACT:
+            return failed(f"{fault}: off by {honest:.1e} without the fault")
+        if not EXACT < moved < float("inf"):
+            return failed(f"{fault}: planted, and outputs are off by {moved:.1e}")
+        told.append(f"{fault}: caught, {moved:.0e}")
+    return passed("; ".join(told))
+
+
+def proofs() -> ModuleType | None:
+    """The package tests/models/proofs of the clone this runs from; None in an installed wheel."""
+    folder = Path(__file__).resolve().parent.parent / "tests" / "models"
+    if not (folder / "proofs" / "__init__.py").is_file():
+        return None
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+    return importlib.import_module("proofs")
+
+
+def proof_of(subject: Subject) -> ModuleType | None:
+    """The proof of a mechanism of this repository; None for one from outside, or without a proof."""
+    package = proofs()
+    ours = subject.cls.__module__ == f"models.{subject.name}"
+    return package.PROOFS.get(subject.name) if package is not None and ours else None
+
+
+def cases_of(subject: Subject, proof: ModuleType) -> list[dict]:
+    """The arguments to compare under: those given to the subject, else all that the proof lists."""
+    return [dict(subject.own)] if subject.own else proof.CASES
+
+
+def run_reference(proof: ModuleType, probe: Probe, x: Tensor, mask: Tensor | None) -> Tensor:
+    """The reference on the layers of a probe, called as the probe is."""
+    if len(probe.layers) == 1:
+        return proof.reference(probe.layers[0], x, mask)
+    carry = None
+    for layer in probe.layers:
+        x, carry = proof.reference(layer, x, mask, carry)
+    return x
+
+
+def inputs_of(
+    subject: Subject, length: int, scale: float = 1.0, seed: int = 0
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """x [3 l d] with each mask it is compared under: none, ragged prefixes, and one with holes."""
+    x = subject.inputs(3, length, seed=seed) * scale
+    yield x, None
+    yield x, subject.prefix([length, max(1, length // 2 + 1), 1], length)
+    if not subject.traits.needs_prefix_mask:
+        holes = torch.rand(3, length, generator=torch.Generator().manual_seed(length)) < 0.6
+        holes[:, length // 2] = True
+        yield x, holes.to(x.device)
+
+
+def output_error(
+    subject: Subject,
+    proof: ModuleType,
+    own: Mapping[str, object],
+    length: int,
+    scale: float = 1.0,
+    **place: object,
+) -> float:
+    """The largest relative difference between mechanism and reference over the masks."""
+    s = _sized(subject, own, 160)
+    (length,) = s.lengths(length)
+    probe = s.probe(**place)
+    with torch.no_grad():
+        return largest(
+            [
+                change(run_reference(proof, probe, x, mask), probe(x, mask), mask)
+                for x, mask in inputs_of(s, length, scale)
+            ]
+        )
+
+
+def gradient_error(subject: Subject, proof: ModuleType, own: Mapping[str, object], length: int) -> float:
+    """The largest difference of a gradient, by the inputs or a parameter, relative to the largest gradient."""
+    s = _sized(subject, own, 32)
+    (length,) = s.lengths(length)
+    probe, weight, errors = s.probe(), s.inputs(3, length, seed=5), []
+    for x, mask in inputs_of(s, length):
+        expected = _gradients(probe, x, mask, weight, lambda x, m: run_reference(proof, probe, x, m))
+        found = _gradients(probe, x, mask, weight, probe)
+        size = max([1e-300, *(g.abs().max().item() for g in expected.values())])
+        zero = torch.zeros((), dtype=x.dtype, device=x.device)
+        errors += [
+            (expected.get(n, zero) - found.get(n, zero)).abs().max().item() / size
+            for n in expected.keys() | found.keys()
+        ]
+    return largest(errors)
+
+
+def fault_error(subject: Subject, proof: ModuleType, own: Mapping[str, object]) -> float:
+    """How far outputs are off, also where queries and keys lie far below zero, so that an eps matters."""
+    errors = [output_error(subject, proof, own, n, scale) for n in FAULTY_LENGTHS for scale in SCALES]
+    return largest([*errors, vanishing_error(subject, proof, own)])
+
+
+def vanishing_error(subject: Subject, proof: ModuleType, own: Mapping[str, object]) -> float:
+    """Queries and keys far below zero leave features that are hardly more than eps."""
+    s = _sized(subject, own, 32)
+    probe = s.probe()
+    if not hasattr(probe.first, "qkv"):
+        return 0.0
+    with torch.no_grad():
+        probe.first.qkv.bias[: 2 * s.d_model] -= 9.0
+        return largest(
+            [
+                change(run_reference(proof, probe, x, mask), probe(x, mask), mask)
+                for x, mask in inputs_of(s, 17, 0.3)
+            ]
+        )
+
+
+def _sized(subject: Subject, own: Mapping[str, object], max_len: int) -> Subject:
+    return Subject(subject.name, subject.cls, dict(own), max_len=max_len, device=subject.device)
+
+
+def _gradients(probe, x, mask, weight, forward) -> dict[str, Tensor]:
+    leaf = x.clone().requires_grad_()
+    out = forward(leaf, mask) * weight
+    loss = (out if mask is None else out[mask]).sum()
+    if not loss.requires_grad:
+        return {}
+    leaves = {"x": leaf, **dict(probe.named_parameters())}
+    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    return {n: g for n, g in zip(leaves, found, strict=True) if g is not None and g.any()}
+
+
+def _worst(found: list[tuple[str, float, float]]) -> Outcome:
+    """The number nearest to its tolerance, or farthest past it; every claim is named with its own number."""
+    told = "; ".join(f"{claim}: {measured:.1e}" for claim, measured, _ in found)
+    _, measured, tolerance = max(found, key=lambda f: f[1] / f[2] if f[1] == f[1] else float("inf"))
+    return within(measured, tolerance, told)
+
+
+def _count(number: int, noun: str, rest: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'} {rest}"
+
+
+def _no_proof(subject: Subject) -> Outcome:
+    if subject.cls.__module__ != f"models.{subject.name}":
+        return not_applicable("asked only of mechanisms in models/")
+    if proofs() is None:
+        return not_applicable("the proofs are in tests/models/proofs of a clone")
+    return failed(f"write tests/models/proofs/{subject.name}.py")

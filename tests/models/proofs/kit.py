@@ -1,0 +1,131 @@
+"""What a proof is written with: the parts that formulas share, limits, oracles.
+
+Nothing here, and nothing in a reference, comes from `models`. Padding is not masked but left out: the real
+tokens of a row are picked first, so that a reference is defined at real positions alone.
+"""
+
+import cmath
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# x [l width] one row, real: its list of real positions, q, k, v [l d] of one head
+
+NORM_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A case in which the mechanism equals softmax or the dense kernel.
+
+    `measure` gives the relative error.
+    """
+
+    claim: str
+    measure: Callable[[], float]
+    tolerance: float = 1e-9  # float64 rounding
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """An independent public implementation; `measure` gives the relative error, ImportError if not installed.
+
+    `source` is the package with its version, `claim` what was compared and how weights came over.
+    """
+
+    source: str
+    claim: str
+    measure: Callable[[], float]
+    tolerance: float = 1e-9
+
+
+def distance(expected: Tensor, found: Tensor) -> float:
+    """Largest difference over the largest expected value; infinite if shapes differ or a NaN is there."""
+    if expected.shape != found.shape or not (expected.isfinite().all() and found.isfinite().all()):
+        return math.inf
+    expected, found = expected.detach().double(), found.detach().double()
+    return ((found - expected).abs().max() / expected.abs().max().clamp_min(1e-300)).item()
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    """Standard normal numbers in float64, decided by `seed`."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def dense_softmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Softmax attention with an explicit score matrix. q, k, v: [b h l d], mask: [b l] bool -> [b h l d]."""
+    scores = q @ k.mT / math.sqrt(q.shape[-1])
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, None, None, :], -math.inf)
+    return torch.nan_to_num(torch.softmax(scores, dim=-1)) @ v
+
+
+def rows(x, mask):
+    """(index, row [l width], real positions) of a batch."""
+    for b in range(x.shape[0]):
+        real = range(x.shape[1]) if mask is None else [i for i in range(x.shape[1]) if mask[b, i]]
+        yield b, x[b], list(real)
+
+
+def affine(linear, x):
+    return x @ linear.weight.T + (0 if linear.bias is None else linear.bias)
+
+
+def rotated(x, base):
+    """Pair i of position p, read as a complex number, times exp(1j p base^(-2i/d)) (2104.09864, eq. 34)."""
+    half = x.shape[-1] // 2
+    turns = [
+        [cmath.exp(1j * p * base ** (-2 * i / x.shape[-1])) for i in range(half)] for p in range(x.shape[0])
+    ]
+    pairs = torch.complex(x[:, :half], x[:, half:]) * torch.tensor(turns, dtype=torch.complex128)
+    return torch.cat([pairs.real, pairs.imag], dim=-1)
+
+
+def heads(module, x):
+    """q, k, v of one row for each head; the projection holds all queries, then all keys, then all values."""
+    d, all_heads = module.place.head_dim, affine(module.qkv, x)
+    for head in range(module.place.num_heads):
+        q, k, v = (
+            all_heads[:, (part * module.place.num_heads + head) * d :][:, :d] for part in range(3)
+        )  # [l d] each
+        if module.place.rotary_base is not None:
+            q, k = rotated(q, module.place.rotary_base), rotated(k, module.place.rotary_base)
+        yield head, q, k, v
+
+
+def normalised(scores):
+    """exp(scores) over its row sums."""
+    weights = torch.exp(scores - scores.max(dim=-1, keepdim=True).values)
+    return weights / weights.sum(dim=-1, keepdim=True)
+
+
+def attention(q, k, v):
+    return normalised(q @ k.T / math.sqrt(q.shape[-1])) @ v
+
+
+def by_head(one_head):
+    """A reference from `one_head(module, head, q, k, v, real) -> [l d]`, defined at real positions."""
+
+    def reference(module, x, mask=None):
+        out = torch.zeros_like(x)
+        for b, row, real in rows(x, mask):
+            mixed = [one_head(module, head, q, k, v, real) for head, q, k, v in heads(module, row)]
+            if real:
+                out[b, real] = affine(module.out, torch.cat(mixed, dim=-1)[real])
+        return out
+
+    return reference
+
+
+def normed(norm, x):
+    """Layer norm, root-mean-square norm with one scale, or none."""
+    if hasattr(norm, "bias"):
+        centred = x - x.mean(dim=-1, keepdim=True)
+        spread = torch.sqrt((centred**2).mean(dim=-1, keepdim=True) + NORM_EPS)
+        return centred / spread * norm.weight + norm.bias
+    if hasattr(norm, "scale"):
+        return x / torch.sqrt((x**2).mean(dim=-1, keepdim=True) + NORM_EPS) * norm.scale
+    return x
