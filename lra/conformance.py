@@ -2,6 +2,7 @@
 
 import inspect
 import shlex
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -40,6 +41,8 @@ ALL_CHECKS = [
     for check in checks_in(file)
 ]
 
+REPORT_WIDTH = 120
+
 DESCRIPTION = (
     "The conformance suite for one mechanism: of this repository by name, or of your own as pkg.mod:Class."
 )
@@ -75,10 +78,9 @@ class Report:
             if c.group != group:
                 group = c.group
                 lines += ["", group]
-            aside = f" [{c.detail}]" if c.detail and c.status == "pass" else ""
-            lines.append(f"  {c.status:<4}  {c.name:<26} {_number(c):<18} {c.claim}{aside}")
-            if c.detail and not aside:
-                lines.append(f"{'':8}{c.detail}")
+            lines.append(f"  {c.status:<4}  {c.name:<26} {_number(c):<18} {c.claim}")
+            for part in c.detail.split("; ") if c.detail else ():
+                lines += textwrap.wrap(part, REPORT_WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 10)
         lines += ["", *self._exceptions(), self.verdict()]
         return "\n".join(lines)
 
@@ -88,6 +90,21 @@ class Report:
         if self.ok:
             return f"{self.subject.name} conforms. {tally}."
         return f"{self.subject.name} does not conform ({', '.join(c.name for c in self.failures)}). {tally}."
+
+    def summary(self) -> str:
+        """One line: the verdict, the largest differences found, and what is unusual."""
+        found = {c.name: c for c in self.checks}
+        numbers = [
+            "-" if found[name].measured is None else f"{found[name].measured:.0e}"
+            for name in ("equals_reference", "gradients_equal_reference", "equals_limits", "equals_oracles")
+        ]
+        failed = ", ".join(c.name for c in self.failures)
+        try:
+            unusual = ", ".join(self.subject.traits.exceptions())
+        except Exception as error:
+            unusual = f"traits: {type(error).__name__}"
+        verdict = f"FAILS {failed}" if failed else "conforms"
+        return f"{self.subject.name:<16} " + " ".join(f"{n:>10}" for n in numbers) + f"  {verdict}  {unusual}"
 
     def _exceptions(self) -> list[str]:
         try:
@@ -163,7 +180,7 @@ def main(argv: list[str]) -> int:
     """`lra check-model NAME|pkg.mod:Class [model.key=value ...]`: prints the report; 0 if it conforms."""
     parser = Parser(prog="lra check-model", description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument(
-        "model", metavar="NAME|pkg.mod:Class", help="a mechanism, or a class found from this folder"
+        "model", metavar="NAME|pkg.mod:Class", help="a mechanism, a class found from this folder, or `all`"
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="model.key=value", help="arguments of its constructor"
@@ -172,9 +189,27 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     if arguments.device != "cpu" and not (arguments.device.startswith("cuda") and torch.cuda.is_available()):
         raise UserError(f"--device {arguments.device} is not available; it can be cpu, or cuda with a GPU")
+    if arguments.model == "all":
+        if arguments.overrides:
+            raise UserError(
+                "`lra check-model all` takes no model.key=value: no two mechanisms share them all"
+            )
+        return _check_all(arguments.device)
     report = check_model(arguments.model, _own(arguments.overrides), device=arguments.device)
     print(report.render())
     return 0 if report.ok else 1
+
+
+def _check_all(device: str) -> int:
+    """One line per mechanism of the repository, as they come; 0 if all conform."""
+    print(f"{'':<16} {'reference':>10} {'gradients':>10} {'limits':>10} {'oracles':>10}  largest differences")
+    reports = []
+    for name in registry.names():
+        reports.append(check_model(name, device=device))
+        print(reports[-1].summary(), flush=True)
+    conforming = sum(report.ok for report in reports)
+    print(f"{conforming} of {len(reports)} mechanisms conform to {len(ALL_CHECKS)} checks each.")
+    return 0 if conforming == len(reports) else 1
 
 
 def _own(overrides: list[str]) -> dict[str, object]:

@@ -171,7 +171,7 @@ def output_error(
 
 
 def gradient_error(subject: Subject, proof: ModuleType, own: Mapping[str, object], length: int) -> float:
-    """The largest difference of a gradient, by the inputs or a parameter, relative to the largest gradient."""
+    """Largest difference of a gradient, by the inputs or a parameter, relative to the largest gradient."""
     s = _sized(subject, own, 32)
     (length,) = s.lengths(length)
     probe, weight, errors = s.probe(), s.inputs(3, length, seed=5), []

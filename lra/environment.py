@@ -83,10 +83,11 @@ def synchronize(device: torch.device) -> None:
 
 @lru_cache
 def git_revision() -> str | None:
-    """The commit of the tree lra runs from, with "-dirty" if it was changed.
-
-    Where git cannot say, it is what LRA_GIT_REVISION says (for a job on a copy of the tree), else None.
+    """What LRA_GIT_REVISION says (for a job on a copy of the tree), else the commit of the tree lra runs
+    from, with "-dirty" if it was changed; None where neither is known.
     """
+    if said := os.environ.get("LRA_GIT_REVISION"):
+        return said
     root = Path(__file__).resolve().parent.parent
 
     def git(*arguments: str) -> str:
@@ -95,10 +96,10 @@ def git_revision() -> str | None:
 
     try:
         if not (root / ".git").exists():  # an installed wheel may lie inside somebody else's repository
-            return os.environ.get("LRA_GIT_REVISION")
+            return None
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):
-        return os.environ.get("LRA_GIT_REVISION")
+        return None
 
 
 @lru_cache

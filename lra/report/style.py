@@ -26,6 +26,9 @@ KNOWN = (
     "informer", "rfa", "hyena", "sgconv", "retnet",
     "gla", "mamba", "h_transformer", "transformer_ls", "yoso",
     "star", "routing", "external", "taylor", "deltanet",
+    "ring", "clustered", "long_short", "hedgehog", "based",
+    "las", "polaformer", "flash_quad", "long_conv", "tnn",
+    "mamba2", "gated_deltanet", "hgrn",
 )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from proofs import cases
 
 import models
 from lra.conformance import ALL_CHECKS, compiled_like_eager, leaks, subject
-from lra.conformance_subject import Subject
+from lra.layer_cost import GROWTH_LENGTHS, broken_claims, layer_cost
 
 NAMES = models.names()
 VARIANTS = [
@@ -86,34 +86,11 @@ def test_default_compiler_matches_eager_on_a_gpu(name):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("name", "own", "growth"),
-    [
-        (n, {"kernel": "math"} if n == "softmax" else {}, 4 if n == "softmax" else 2)
-        for n in NAMES
-        if n != "identity"
-    ],
+    ("name", "own"), [(n, {}) for n in NAMES if n != "identity"] + [("softmax", {"kernel": "math"})]
 )
-def test_peak_memory_grows_as_the_docstring_says(name, own, growth):
-    """Doubling the length doubles peak memory for all but explicit softmax, which then takes four times."""
-    peaks = [
-        peak_memory(Subject(name, models.get(name), own, max_len=n, device="cuda"), n) for n in (8192, 16384)
-    ]
-    assert 0.8 * growth <= peaks[1] / peaks[0] <= 1.2 * growth, peaks
-
-
-def peak_memory(s, length):
-    """Bytes that a forward and backward pass takes beyond inputs and parameters."""
-    probe = s.probe(dtype=torch.float32)
-    x = s.inputs(4, length, dtype=torch.float32).requires_grad_()
-    for _ in range(2):
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        probe(x).sum().backward()
-        peak = torch.cuda.max_memory_allocated() - before
-        x.grad = None
-        probe.zero_grad(set_to_none=True)
-    return peak
+def test_peak_memory_grows_as_claimed(name, own):
+    rows = [layer_cost(name, length, own, timed=False) for length in GROWTH_LENGTHS]
+    assert broken_claims(rows) == []
 
 
 def assert_passes(check):
