@@ -43,7 +43,8 @@ def test_a_layer_that_could_not_be_measured_is_named():
 
 def test_tables_have_a_line_per_mechanism():
     found = [*rows("a", (10.0, 20.0, 40.0)), *rows("b", (1.0, 4.0, 16.0), True)]
-    assert growth_table(found).splitlines()[2].split() == "b 1.0 4.0 16.0 4.00 4.00 (claims quadratic)".split()
+    line = growth_table(found).splitlines()[2]
+    assert line.split() == "b 1.0 4.0 16.0 4.00 4.00 (claims quadratic)".split()
     assert len(time_table(found).splitlines()) == 3
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lra import conformance_numerics
+from lra import conformance_numerics, conformance_proofs
 from lra.conformance import ALL_CHECKS, subject
-from lra.conformance_subject import Subject
+from lra.conformance_subject import Subject, checks_in
 from models import Block, Mixer, Place, Traits
 
 CHECKS = {check.__name__: check for check in ALL_CHECKS}
@@ -282,22 +282,25 @@ def test_a_broken_mechanism_fails_its_check(check, cls):
 
 def test_every_check_is_shown_to_fail():
     of_the_repository = {"docstring_fields", "configuration_matches"}
-    assert {check for check, _ in FAILURES} | of_the_repository == set(CHECKS)
+    of_proofs = {
+        check.__name__ for check in checks_in(conformance_proofs)
+    }  # tests/models/test_proofs_can_fail.py
+    assert {check for check, _ in FAILURES} | of_the_repository | of_proofs == set(CHECKS)
 
 
 def test_a_configuration_that_differs_from_the_constructor_fails(tmp_path, monkeypatch):
-    file = tmp_path / "linear.yaml"
+    file = tmp_path / "softmax.yaml"
     monkeypatch.setattr(conformance_numerics, "_configuration", lambda name: file)
     for text, status in (
-        ("name: linear\neps: 1.0e-6\n", "pass"),
-        ("name: linear\neps: 1.0e-5\n", "fail"),
-        ("name: linear\n", "fail"),
-        ("name: linear\neps: 1.0e-6\nwindow: 3\n", "fail"),
+        ("name: softmax\nkernel: fused\n", "pass"),
+        ("name: softmax\nkernel: math\n", "fail"),
+        ("name: softmax\n", "fail"),
+        ("name: softmax\nkernel: fused\nwindow: 3\n", "fail"),
     ):
         file.write_text(text)
-        assert CHECKS["configuration_matches"](subject("linear")).status == status, text
+        assert CHECKS["configuration_matches"](subject("softmax")).status == status, text
     file.unlink()
-    assert CHECKS["configuration_matches"](subject("linear")).status == "fail"
+    assert CHECKS["configuration_matches"](subject("softmax")).status == "fail"
 
 
 def test_a_docstring_without_the_fields_fails(monkeypatch):

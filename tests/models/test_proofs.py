@@ -1,7 +1,6 @@
 """Every mechanism has a whole proof, and what the proof's checks do not vary is varied here."""
 
 import pytest
-import torch
 from proofs import PROOFS, cases
 from proofs.faults import FAULT_NAMES, Plant
 
@@ -11,10 +10,6 @@ from lra.conformance import ALL_CHECKS, subject
 from lra.conformance_subject import EXACT
 
 NAMES = models.names()
-
-
-def names_without(part):
-    return [name for name in NAMES if not getattr(PROOFS.get(name), part, None)]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -36,7 +31,9 @@ def test_every_proof_has_a_mechanism():
 def test_a_proof_takes_nothing_from_the_mechanism_for_its_reference(name):
     """`build` and pure functions are there for limits and oracles alone: a reference never calls them."""
     globals_read = names_read(PROOFS[name].reference, PROOFS[name])
-    ours = {n for n in globals_read if getattr(vars(PROOFS[name]).get(n), "__module__", "").startswith("models")}
+    ours = {
+        n for n in globals_read if getattr(vars(PROOFS[name]).get(n), "__module__", "").startswith("models")
+    }
     assert not ours, f"the reference of {name} calls {', '.join(sorted(ours))} from models/"
 
 
@@ -98,12 +95,3 @@ def test_every_window_off_by_one_is_caught(name, pattern, by):
 
     with Plant("local_attention", alter).planted(name):
         assert conformance_proofs.output_error(subject(name), PROOFS[name], own, 63) > EXACT
-
-
-@pytest.mark.parametrize("name", ["linear", "performer"])
-def test_a_vanishing_normaliser_equals_the_reference(name):
-    assert conformance_proofs.vanishing_error(subject(name), PROOFS[name], {}) <= EXACT
-    with torch.no_grad():
-        plant = PROOFS[name].FAULTS["wrong eps"]
-        with plant.planted(name):
-            assert conformance_proofs.vanishing_error(subject(name), PROOFS[name], plant.own) > EXACT

@@ -14,7 +14,8 @@ def few(tmp_path):
     return tmp_path / "runs"
 
 
-def test_table_prints_and_failed_runs_are_no_failure_of_it(few, capsys):
+def test_table_prints_and_failed_runs_are_no_failure_of_it(few, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     assert table_main([str(few)]) == 0
     out = capsys.readouterr().out
     assert out.startswith("ListOps (2,000 tokens, regenerated)") and "diverged at step 812" in out

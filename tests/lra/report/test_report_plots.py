@@ -92,7 +92,8 @@ def test_names_of_a_crowd_neither_collide_nor_leave_the_panel():
 
 def test_looks_are_fixed_and_sixty_names_differ():
     assert style.styles(["nystrom"])["nystrom"] == style.styles(["softmax", "x", "nystrom"])["nystrom"]
-    for names in ([f"mechanism_{i}" for i in range(60)], [*style.KNOWN, *(f"new_{i}" for i in range(60 - len(style.KNOWN)))]):
+    new = [f"new_{i}" for i in range(60 - len(style.KNOWN))]
+    for names in ([f"mechanism_{i}" for i in range(60)], [*style.KNOWN, *new]):
         looks = style.styles(names)
         assert len(set(looks.values())) == 60
         assert style.styles(reversed(names)) == looks
