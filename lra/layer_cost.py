@@ -111,8 +111,10 @@ def training_step(layer: torch.nn.Module, x: Tensor, precision: str) -> Callable
 
     def step() -> None:
         out = _run(layer, x, precision)
-        if out.requires_grad:
-            torch.autograd.grad(out, leaves, torch.ones_like(out), allow_unused=True)
+        aux = layer.aux_loss() if hasattr(layer, "aux_loss") else None
+        losses = [loss for loss in (out, aux) if loss is not None and loss.requires_grad]
+        if losses:
+            torch.autograd.grad(losses, leaves, [torch.ones_like(o) for o in losses], allow_unused=True)
 
     return step
 
@@ -173,7 +175,7 @@ def captured_ms(step: Callable[[], None]) -> float | None:
             step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         step()
     return 1e3 * seconds(graph.replay)
 

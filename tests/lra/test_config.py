@@ -210,3 +210,28 @@ def test_a_foreign_package_called_models_is_refused_by_its_path(tmp_path, monkey
     monkeypatch.setitem(sys.modules, "models", foreign)
     with pytest.raises(UserError, match=str(tmp_path)):
         registry.load_models()
+
+
+QUIRKS = {
+    "softmax": set(),
+    "linear": {"normalise"},
+    "performer": {"double_scaling", "zero_padding"},
+    "linformer": {"share", "init_std"},
+    "nystrom": {"count_padding", "coupled_start"},
+    "reformer": {"across_buckets"},
+}
+
+
+@pytest.mark.parametrize("task", ["listops", "text", "retrieval", "image", "pathfinder32"])
+@pytest.mark.parametrize("model", QUIRKS)
+def test_the_released_recipe_differs_by_its_quirks_alone(task, model):
+    published, released = (
+        compose([f"paper={paper}", f"task={task}", f"model={model}"])
+        for paper in ("nystromformer2021", "nystromformer2021_released")
+    )
+    own = {key for key, value in released.model.own.items() if published.model.own[key] != value}
+    assert own == QUIRKS[model]
+    assert released.model.backbone == published.model.backbone and released.train == published.train
+    black = {task: "padding" for task in ("image", "pathfinder32")}.get(task, "pixel")
+    assert released.task.black == black and published.task.black == "pixel"
+    assert len(published.deviations) - len(released.deviations) == (black == "padding")
