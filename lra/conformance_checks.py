@@ -237,7 +237,7 @@ def order(subject: Subject) -> Outcome:
 def packed_agrees(subject: Subject) -> Outcome:
     overrides = [name for name in ("forward_packed", "attend_packed") if _overrides(subject.cls, name)]
     if not subject.traits.packed:
-        if overrides:
+        if overrides and not subject.cls.traits.packed:  # an option may close a path that the class has
             return failed(f"claims packed=False, yet defines {', '.join(overrides)}")
         return not_applicable("no packed path; the backbone pads around it")
     if subject.is_block:

@@ -111,7 +111,9 @@ def _captured_like_eager(probe: Probe, x: Tensor, mask: Tensor) -> Outcome:
         captured = step()
     with torch.no_grad():
         x.copy_(x.flip(1))
+    torch.manual_seed(5)  # what is drawn in training is drawn alike
     graph.replay()
+    torch.manual_seed(5)
     pairs = [(a, b) for a, b in zip(step(), captured, strict=True) if a is not None]
     return within(
         largest([_error_beside(a, b, [p for p, _ in pairs]) for a, b in pairs]),

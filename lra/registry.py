@@ -22,7 +22,7 @@ from lra import MODELS
 from lra.errors import UserError, unknown
 from lra.schema import BackboneConfig
 
-SUPPORT_FILES = ("__init__", "blocks", "common", "layers", "schedules")
+REGISTERS = "\n@register("  # what the file of a mechanism has, and a file that mechanisms share has not
 
 
 def load_models() -> ModuleType:
@@ -38,8 +38,8 @@ def load_models() -> ModuleType:
 
 
 def names() -> list[str]:
-    """Every mechanism in the repository, read from the file names, so that listing them imports nothing."""
-    return sorted(f.stem for f in MODELS.glob("*.py") if f.stem not in SUPPORT_FILES)
+    """Every mechanism in the repository, read from the files' text, so that listing them imports nothing."""
+    return sorted(f.stem for f in MODELS.glob("*.py") if REGISTERS in f.read_text())
 
 
 def get(name: str, target: str | None = None) -> type:

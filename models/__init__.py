@@ -7,13 +7,10 @@ from models.common import Block, Mixer, Place, Traits, create, register, registe
 
 __all__ = ["Block", "Mixer", "Place", "Traits", "build", "get", "names", "register"]
 
-SUPPORT = ("blocks", "common", "layers", "schedules")  # files here that hold no mechanism
-
 
 def _import_all() -> None:
     for module in pkgutil.iter_modules(__path__):
-        if module.name not in SUPPORT:
-            importlib.import_module(f"{__name__}.{module.name}")
+        importlib.import_module(f"{__name__}.{module.name}")
 
 
 _import_all()

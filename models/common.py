@@ -63,6 +63,7 @@ class Traits:
     uses_order          the output depends on the order of the tokens (False: permutation equivariant)
     quadratic_memory    peak memory of a training step grows with the square of the length (False: at most
                         2.3 times when the length doubles, from 4,096 to 16,384)
+    surrogate_gradient  gradients are not derivatives of the outputs, but what the paper trains with instead
     because             trait name -> reason, for every answer that is unusual
     """
 
@@ -77,7 +78,14 @@ class Traits:
     capturable: bool = True
     uses_order: bool = False
     quadratic_memory: bool = False
+    surrogate_gradient: bool = False
     because: Mapping[str, str] = field(default_factory=dict)
+
+    def but(self, reason: str, **claims: bool) -> "Traits":
+        """These traits with some claims changed, all for one reason: those of an instance with an option
+        set.
+        """
+        return dataclasses.replace(self, because={**self.because, **dict.fromkeys(claims, reason)}, **claims)
 
     def exceptions(self) -> dict[str, str]:
         """The claims that differ from the usual answer, each with its reason."""
@@ -180,7 +188,11 @@ class Mixer(Mechanism):
             positions = torch.arange(x.shape[1], device=x.device)
             q, k = (rotate(part, positions, base=self.place.rotary_base) for part in (q, k))
         mixed = self.attend(q, k, v, mask)  # [b h l d]
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        return self.merge(mixed.transpose(1, 2).flatten(2), x)
+
+    def merge(self, mixed: Tensor, x: Tensor) -> Tensor:
+        """mixed: [... h*d], the heads side by side, x: what `forward` got -> [... d_model]; gates go here."""
+        return self.out(mixed)
 
     def forward_packed(self, x: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
         """x: [t d_model]; sequence i is x[cu_seqlens[i]:cu_seqlens[i + 1]], none longer than max_len -> [t
@@ -196,7 +208,7 @@ class Mixer(Mechanism):
                 rotate(part.transpose(0, 1), positions, base=self.place.rotary_base).transpose(0, 1)
                 for part in (q, k)
             )
-        return self.out(self.attend_packed(q, k, v, cu_seqlens, max_len).flatten(1))
+        return self.merge(self.attend_packed(q, k, v, cu_seqlens, max_len).flatten(1), x)
 
 
 class Block(Mechanism):
@@ -229,6 +241,15 @@ def full_precision(x: Tensor) -> Iterator[None]:
     """Inside, products keep the dtype of their operands: no autocast on the device of `x`."""
     with torch.autocast(x.device.type, enabled=False):
         yield
+
+
+def head_products(x: Tensor, weight: Tensor) -> Tensor:
+    """Each head of x times a matrix of its own: x [... h l d], weight [h d f] -> [... h l f].
+
+    One product a head: of one batched product the weight's gradient, a sum over all rows, would keep no more
+    multiprocessors of a GPU busy than there are heads.
+    """
+    return torch.stack([part @ w for part, w in zip(x.unbind(-3), weight.unbind(0), strict=True)], dim=-3)
 
 
 def masked_softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
@@ -370,6 +391,47 @@ def unpad_packed(padded: Tensor, cu_seqlens: Tensor, num_rows: int) -> Tensor:
     return Chunks.of(cu_seqlens, num_rows, size=max_len, max_len=max_len).take_back(padded)
 
 
+def kernel_sums(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Linear attention before its division, on features that are mapped already.
+
+    q, k: [b h l d], v: [b h l e], at least float32, mask: [b l] bool, True = real
+    -> sum_j (q_i . k_j) v_j [b h l e] and sum_j q_i . k_j [b h l 1] over the real j.
+    """
+    if mask is not None:
+        k = k * mask[:, None, :, None]
+    with full_precision(v):
+        state = torch.einsum("bhld,bhle->bhde", k, v)
+        norm = torch.einsum("bhld,bhd->bhl", q, k.sum(dim=-2))
+        return torch.einsum("bhld,bhde->bhle", q, state), norm.unsqueeze(-1)
+
+
+def segment_sums(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int) -> tuple[Tensor, Tensor]:
+    """`kernel_sums` within each packed sequence. q, k: [t h d], v: [t h e], at least float32
+    -> [t h e] and [t h 1]; zeros at filler rows.
+    """
+    chunks = sum_chunks(cu_seqlens, q.shape[0], max_len)
+    v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)  # the column of ones collects the normaliser
+    mixed = chunk_sums(*(chunks.lay_out(x) for x in (q, k, v)), chunks, cu_seqlens.shape[0] - 1)
+    mixed = chunks.take_back(mixed)
+    return mixed[..., :-1], mixed[..., -1:]
+
+
+def sum_chunks(cu_seqlens: Tensor, num_rows: int, max_len: int) -> Chunks:
+    """Packed rows in chunks of a size for which `chunk_sums` is fast."""
+    size = CHUNK if max_len > 4 * CHUNK else max_len  # cutting short sequences would leave more places unused
+    return Chunks.of(cu_seqlens, num_rows, size=size, max_len=max_len)
+
+
+def chunk_sums(q: Tensor, k: Tensor, v: Tensor, chunks: Chunks, batch_size: int) -> Tensor:
+    """sum_j (q_i . k_j) v_j over the places j of i's sequence. q, k: [n c h d], v: [n c h e] -> [n c h e].
+
+    Unused places take no part if their k or v is zero.
+    """
+    with full_precision(v):
+        state = chunks.sum_by_sequence(torch.einsum("nchd,nche->nhde", k, v), batch_size)  # [b h d e]
+        return torch.einsum("nchd,nhde->nche", q, chunks.spread(state))
+
+
 def segment_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, *, eps: float
 ) -> Tensor:
@@ -377,16 +439,8 @@ def segment_attention(
 
     q, k: [t h d], v: [t h e], at least float32 -> [t h e]; zeros at filler rows.
     """
-    batch_size = cu_seqlens.shape[0] - 1
-    size = CHUNK if max_len > 4 * CHUNK else max_len  # cutting short sequences would leave more places unused
-    chunks = Chunks.of(cu_seqlens, q.shape[0], size=size, max_len=max_len)
-    v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)  # the column of ones collects the normaliser
-    q, k, v = (chunks.lay_out(x) for x in (q, k, v))  # [n c h d]
-    with full_precision(v):
-        state = chunks.sum_by_sequence(torch.einsum("nchd,nche->nhde", k, v), batch_size)  # [b h d e+1]
-        mixed = torch.einsum("nchd,nhde->nche", q, chunks.spread(state))
-        mixed = mixed[..., :-1] / mixed[..., -1:].clamp_min(eps)
-    return chunks.take_back(mixed)
+    mixed, norm = segment_sums(q, k, v, cu_seqlens, max_len)
+    return mixed / norm.clamp_min(eps)
 
 
 def _rows(keep: Tensor, x: Tensor) -> Tensor:

@@ -2,19 +2,19 @@
 
 Paper    Katharopoulos et al. 2020, arXiv 2006.16236, eq. 4-6
 Computes out_i = f(q_i) S / (f(q_i) . z)   with   S = sum_j f(k_j) v_j^T,   z = sum_j f(k_j),   f(x) = elu(x)
-+ 1
+         + 1
 Cost     time O(L D^2), memory O(L D + D^2) per head
 Exact    no; it is dense attention with the kernel f(q) . f(k) in place of exp(q . k)
 Padding  padded keys leave S and z unchanged
-Differs  eps floor on the normaliser (released code: eps added)
+Differs  eps floor on the normaliser; released code adds it instead (add_eps=True). normalise=False is the
+         Nystromformer repository's: f(q_i) S / sqrt(L), L the padded length. use_mask=False is LRA's JAX code
 """
-# b batch, h heads, l length, t packed tokens, c chunk, n chunks, d head dim (keys), e head dim (values)
+# b batch, h heads, l length, t packed tokens, d head dim (keys), e head dim (values)
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.common import Mixer, Place, Traits, at_least_fp32, full_precision, register, segment_attention
+from models.common import Mixer, Place, Traits, at_least_fp32, kernel_sums, register, segment_sums
 
 
 def feature_map(x: Tensor) -> Tensor:
@@ -23,18 +23,43 @@ def feature_map(x: Tensor) -> Tensor:
 
 
 def linear_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, eps: float = 1e-6
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    add_eps: bool = False,
+    normalise: bool = True,
 ) -> Tensor:
     """q, k: [b h l d], v: [b h l e], mask: [b l] bool, True = real token -> [b h l e]."""
     dtype = v.dtype
     q, k, v = at_least_fp32(q, k, v)
-    q, k = feature_map(q), feature_map(k)
-    if mask is not None:
-        k = k * mask[:, None, :, None]
-    with full_precision(v):
-        state = torch.einsum("bhld,bhle->bhde", k, v)
-        norm = torch.einsum("bhld,bhd->bhl", q, k.sum(dim=-2)).clamp_min(eps)
-        return (torch.einsum("bhld,bhde->bhle", q, state) / norm.unsqueeze(-1)).to(dtype)
+    mixed, norm = kernel_sums(feature_map(q), feature_map(k), v, mask)
+    if not normalise:
+        return (mixed * q.shape[-2] ** -0.5).to(dtype)
+    return divided(mixed, norm, eps, add_eps).to(dtype)
+
+
+def linear_attention_packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_len: int,
+    *,
+    eps: float = 1e-6,
+    add_eps: bool = False,
+) -> Tensor:
+    """`linear_attention` within each packed sequence. q, k: [t h d], v: [t h e] -> [t h e]."""
+    dtype = v.dtype
+    q, k, v = at_least_fp32(q, k, v)
+    mixed, norm = segment_sums(feature_map(q), feature_map(k), v, cu_seqlens, max_len)
+    return divided(mixed, norm, eps, add_eps).to(dtype)
+
+
+def divided(mixed: Tensor, norm: Tensor, eps: float, add_eps: bool) -> Tensor:
+    return mixed / (norm + eps if add_eps else norm.clamp_min(eps))
 
 
 @register("linear")
@@ -43,19 +68,36 @@ class Linear(Mixer):
 
     traits = Traits(packed=True)
 
-    def __init__(self, place: Place, *, eps: float = 1e-6) -> None:
+    def __init__(
+        self,
+        place: Place,
+        *,
+        eps: float = 1e-6,
+        add_eps: bool = False,
+        normalise: bool = True,
+        use_mask: bool = True,
+    ) -> None:
         super().__init__(place)
-        self.eps = eps
+        if eps <= 0:
+            raise ValueError(f"linear needs eps > 0, got {eps}")
+        if add_eps and not normalise:
+            raise ValueError("linear has no eps to add with normalise=False; set add_eps=False")
+        self.eps, self.add_eps, self.normalise, self.use_mask = eps, add_eps, normalise, use_mask
+        if not normalise:
+            reason = "the output is divided by the square root of the padded length"
+            self.traits = self.traits.but(reason, length_invariant=False, packed=False)
+        if not use_mask:
+            reason = "padding is attended to, as in the released code of LRA"
+            claims = {"content_invariant": False, "length_invariant": False, "packed": False}
+            self.traits = self.traits.but(reason, **claims)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        return linear_attention(q, k, v, mask, eps=self.eps)
+        options = {"eps": self.eps, "add_eps": self.add_eps, "normalise": self.normalise}
+        return linear_attention(q, k, v, mask if self.use_mask else None, **options)
 
     def attend_packed(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
-        dtype = v.dtype
-        q, k, v = at_least_fp32(q, k, v)
-        return segment_attention(feature_map(q), feature_map(k), v, cu_seqlens, max_len, eps=self.eps).to(
-            dtype
-        )
+        options = {"eps": self.eps, "add_eps": self.add_eps}
+        return linear_attention_packed(q, k, v, cu_seqlens, max_len, **options)
 
     def state_size(self, length: int) -> int:
-        return self.place.num_heads * self.place.head_dim * (self.place.head_dim + 1)
+        return self.place.num_heads * self.place.head_dim * (self.place.head_dim + self.normalise)

@@ -5,9 +5,13 @@ Computes out_i = softmax(q_i (E K)^T / sqrt(d)) F V   with E, F learned, [proj_l
 Cost     time and memory O(L P) per head; P max_len parameters per projection
 Exact    yes when proj_len = length and E = F = identity
 Padding  padded rows of K and V are zeroed before E and F, which are sliced to the length: they add nothing
-Differs  masks padding (paper: does not); E and F start as N(0, 1 / proj_len), as the proofs in the paper do
+Differs  masks padding (paper, and the JAX code of LRA: no, here `use_mask=False`); E and F start as
+         N(0, 1 / proj_len), as the proofs in the paper do (Nystromformer's code: N(0, 0.02^2), here
+         `init_std`, and E = F of a head in all layers, here `share=layers_per_head`)
 """
 # b batch, h heads (1 if heads share), l length, n longest length, p slots, d head dim
+
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +19,7 @@ from torch import Tensor, nn
 
 from models.common import Mixer, Place, Traits, masked_softmax, register
 
-SHARE = ("none", "heads", "kv", "layers")
+SHARE = ("none", "heads", "kv", "layers", "layers_per_head")
 
 
 def linformer_attention(
@@ -51,8 +55,9 @@ def linformer_attention(
 class Linformer(Mixer):
     """Projections and dropout around `linformer_attention`.
 
-    `share` says what one matrix serves: "none" one head's keys or values; "heads" the keys or the values of a
-    layer; "kv" the keys and values of a layer; "layers" the whole model.
+    `share` says what one matrix serves: "none" one head's keys or values; "heads" the keys or the values of
+    a layer; "kv" the keys and values of a layer; "layers" the whole model; "layers_per_head" one head's keys
+    and values in all layers. `init_std` None starts it with standard deviation proj_len ** -0.5.
     """
 
     traits = Traits(
@@ -62,30 +67,52 @@ class Linformer(Mixer):
     )
 
     def __init__(
-        self, place: Place, *, proj_len: int = 256, share: str = "none", attn_dropout: float = 0.0
+        self,
+        place: Place,
+        *,
+        proj_len: int = 256,
+        share: str = "none",
+        init_std: float | None = None,
+        use_mask: bool = True,
+        attn_dropout: float = 0.0,
     ) -> None:
         super().__init__(place)
         if share not in SHARE:
             raise ValueError(f"unknown share '{share}' for linformer; choose from: {', '.join(SHARE)}")
-        if proj_len < 1:
-            raise ValueError(f"linformer needs proj_len >= 1, got {proj_len}")
-        self.proj_len = proj_len
+        if proj_len < 1 or (init_std is not None and init_std <= 0):
+            raise ValueError(
+                "linformer needs proj_len >= 1 and init_std > 0 or null (proj_len ** -0.5); "
+                f"got proj_len={proj_len}, init_std={init_std}"
+            )
+        self.proj_len, self.use_mask = proj_len, use_mask
         self.attn_dropout = nn.Dropout(attn_dropout)
+        std = proj_len**-0.5 if init_std is None else init_std
 
         def draw() -> nn.Parameter:
-            num_matrices = place.num_heads if share == "none" else 1
-            return nn.Parameter(torch.randn(num_matrices, proj_len, place.max_len) * proj_len**-0.5)
+            num_matrices = place.num_heads if share in ("none", "layers_per_head") else 1
+            return nn.Parameter(torch.randn(num_matrices, proj_len, place.max_len) * std)
 
-        if share == "layers":
+        if share in ("layers", "layers_per_head"):
             if "linformer" not in place.shared:
                 place.shared["linformer"] = draw()
             self.proj_k = place.shared["linformer"]
         else:
             self.proj_k = draw()
-        self.proj_v = self.proj_k if share in ("kv", "layers") else draw()
+        self.proj_v = draw() if share in ("none", "heads") else self.proj_k
+        if not use_mask:
+            because = dict.fromkeys(
+                ("content_invariant", "length_invariant"), "use_mask=False: E and F mix padding"
+            )
+            self.traits = replace(
+                self.traits,
+                content_invariant=False,
+                length_invariant=False,
+                because={**self.traits.because, **because},
+            )
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         dropout = self.attn_dropout.p if self.training else 0.0
+        mask = mask if self.use_mask else None
         return linformer_attention(q, k, v, mask, proj_k=self.proj_k, proj_v=self.proj_v, dropout=dropout)
 
     def state_size(self, length: int) -> int:

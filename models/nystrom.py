@@ -7,9 +7,10 @@ Cost     time O(L M D + M^3), memory O(L M) per head
 Exact    if num_landmarks >= length: then it is dense softmax attention (+ conv), as in the released code
 Padding  segments are means over real tokens; segments without one are dropped from both small softmaxes,
          padded keys from the third; V is zeroed before the convolution
-Differs  masks as above (released code: zeroed padding counts in the means and stays as landmarks); a length
-         that is no multiple of num_landmarks is padded at its end, so the last segments may be empty;
-         the start of the inverse is scaled per matrix (released code: per batch, here `coupled_start`)
+Differs  masks as above (released code: zeroed padding counts in the means, and segments of padding stay as
+         landmarks, here `count_padding`); a length that is no multiple of num_landmarks is padded at its end,
+         so the last segments may be empty; the start of the inverse is scaled per matrix (released code: per
+         batch, here `coupled_start`)
 """
 # b batch, h heads, l length, m landmarks, d head dim
 
@@ -29,12 +30,16 @@ from models.common import (
     masked_softmax,
     register,
 )
+from models.landmarks import iterated_inverse
 
 
-def segment_means(x: Tensor, real: Tensor, num_segments: int) -> tuple[Tensor, Tensor]:
+def segment_means(
+    x: Tensor, real: Tensor, num_segments: int, *, count_padding: bool = False
+) -> tuple[Tensor, Tensor]:
     """Means over the real tokens of equal segments, the last ones cut short.
 
     x: [b h l d], real: [b l] or [1 l] bool -> ([b h m d], [b m] or [1 m] bool: whether a segment has any).
+    With `count_padding` it counts as tokens of zeros, up to the full size of the last segment too.
     """
     length = x.shape[-2]
     missing = -length % num_segments  # fewer than one per segment
@@ -42,24 +47,17 @@ def segment_means(x: Tensor, real: Tensor, num_segments: int) -> tuple[Tensor, T
     x = F.pad(x, (0, 0, 0, missing)).unflatten(-2, (num_segments, -1))  # [b h m l/m d]
     count = real.sum(dim=-1)
     total = (x * real[:, None, :, :, None]).sum(dim=-2)
+    if count_padding:
+        return total / real.shape[-1], torch.ones_like(count, dtype=torch.bool)
     return total / count.clamp_min(1)[:, None, :, None], count > 0
 
 
-def iterated_inverse(a: Tensor, num_iterations: int, *, coupled_start: bool = False) -> Tensor:
-    """The Moore-Penrose inverse of a [... m m], a >= 0, approximately; rows and columns of zeros stay zero.
-
-    The start A^T / (|A|_1 |A|_inf) takes the norms of each matrix; if `coupled_start`, the largest of all.
-    """
+def start_norm(a: Tensor, *, coupled_start: bool = False) -> Tensor:
+    """|A|_1 |A|_inf of each matrix a [... m m] >= 0; if `coupled_start`, of the largest norms of all."""
     norm_1, norm_inf = a.sum(dim=-2).amax(dim=-1), a.sum(dim=-1).amax(dim=-1)
     if coupled_start:
-        norm_1, norm_inf = norm_1.amax(), norm_inf.amax()
-    norm = (norm_1 * norm_inf).clamp_min(0.5)  # below 1 only where a is all zero
-    inverse = a.mT / norm[..., None, None]
-    eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
-    for _ in range(num_iterations):
-        product = a @ inverse
-        inverse = inverse @ (13 * eye - product @ (15 * eye - product @ (7 * eye - product))) / 4
-    return inverse
+        norm_1, norm_inf = norm_1.amax().expand_as(norm_1), norm_inf.amax().expand_as(norm_inf)
+    return (norm_1 * norm_inf).clamp_min(0.5)  # below 1 only where a is all zero
 
 
 def nystrom_attention(
@@ -72,6 +70,7 @@ def nystrom_attention(
     num_iterations: int = 6,
     conv_weight: Tensor | None = None,
     coupled_start: bool = False,
+    count_padding: bool = False,
 ) -> Tensor:
     """q, k, v: [b h l d], mask: [b l] bool, True = real token, conv_weight: [h 1 kernel 1] -> [b h l d]."""
     dtype = v.dtype
@@ -80,7 +79,8 @@ def nystrom_attention(
         if q.shape[-2] <= num_landmarks:
             mixed = dense_attention(q, k, v, mask)
         else:
-            mixed = _through_landmarks(q, k, v, mask, num_landmarks, num_iterations, coupled_start)
+            options = {"coupled_start": coupled_start, "count_padding": count_padding}
+            mixed = _through_landmarks(q, k, v, mask, num_landmarks, num_iterations, **options)
         if conv_weight is not None:
             v = v if mask is None else v * mask[:, None, :, None]
             padding = (conv_weight.shape[-2] // 2, 0)
@@ -95,16 +95,18 @@ def _through_landmarks(
     mask: Tensor | None,
     num_landmarks: int,
     num_iterations: int,
+    *,
     coupled_start: bool,
+    count_padding: bool,
 ) -> Tensor:
     real = q.new_ones(1, q.shape[-2], dtype=torch.bool) if mask is None else mask
     q = q * q.shape[-1] ** -0.5
-    q_landmark, used = segment_means(q, real, num_landmarks)  # [b h m d], [b m]
-    k_landmark, _ = segment_means(k, real, num_landmarks)
+    q_landmark, used = segment_means(q, real, num_landmarks, count_padding=count_padding)  # [b h m d], [b m]
+    k_landmark, _ = segment_means(k, real, num_landmarks, count_padding=count_padding)
     from_queries = masked_softmax(q @ k_landmark.mT, used[:, None, None, :])  # [b h l m]
     between = masked_softmax(q_landmark @ k_landmark.mT, used[:, None, None, :]) * used[:, None, :, None]
     to_keys = masked_softmax(q_landmark @ k.mT, real[:, None, None, :])  # [b h m l]
-    inverse = iterated_inverse(between, num_iterations, coupled_start=coupled_start)
+    inverse = iterated_inverse(between, start_norm(between, coupled_start=coupled_start), num_iterations)
     return from_queries @ (inverse @ (to_keys @ v))
 
 
@@ -126,6 +128,7 @@ class Nystrom(Mixer):
         num_iterations: int = 6,
         conv_kernel: int = 35,
         coupled_start: bool = False,
+        count_padding: bool = False,
     ) -> None:
         super().__init__(place)
         odd_or_none = conv_kernel == 0 or (conv_kernel > 0 and conv_kernel % 2 == 1)
@@ -135,7 +138,7 @@ class Nystrom(Mixer):
                 f"num_landmarks={num_landmarks}, num_iterations={num_iterations}, conv_kernel={conv_kernel}"
             )
         self.num_landmarks, self.num_iterations = num_landmarks, num_iterations
-        self.coupled_start = coupled_start
+        self.coupled_start, self.count_padding = coupled_start, count_padding
         self.conv_weight = None
         if conv_kernel:
             self.conv_weight = nn.Parameter(torch.empty(place.num_heads, 1, conv_kernel, 1))
@@ -148,8 +151,8 @@ class Nystrom(Mixer):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         options = {"num_landmarks": self.num_landmarks, "num_iterations": self.num_iterations}
-        options |= {"conv_weight": self.conv_weight, "coupled_start": self.coupled_start}
-        return nystrom_attention(q, k, v, mask, **options)
+        options |= {"coupled_start": self.coupled_start, "count_padding": self.count_padding}
+        return nystrom_attention(q, k, v, mask, conv_weight=self.conv_weight, **options)
 
     def state_size(self, length: int) -> int:
         return 2 * min(self.num_landmarks, length) * self.place.num_heads * self.place.head_dim

@@ -2,12 +2,15 @@
 
 Paper    Choromanski et al. 2021, arXiv 2009.14794, lemma 1 (positive features) and orthogonal random features
 Computes out_i = f(q_i) S / (f(q_i) . z)   with   S = sum_j f(k_j) v_j^T,   z = sum_j f(k_j),
-         f(x)_r = exp(w_r . x' - |x'|^2 / 2 - c) + eps,   x' = x / d^(1/4)
+         softmax   f(x)_r = exp(w_r . x' - |x'|^2 / 2 - c) + eps,   x' = x / d^(1/4)
+         relu      f(x)_r = max(w_r . x, 0) + eps (generalised attention); num_features=0: x_r for w_r . x
 Cost     time O(L R D), memory O(L R + R D) per head
 Exact    no; its error against dense softmax attention falls as R^(-1/2), down to the bias that eps adds
 Padding  padded keys take no part in c and leave S and z unchanged
 Differs  c for keys is over the real keys of one row and head (released code: all keys); the factor R^(-1/2)
-         is left out because it cancels; a redraw is a function of seed, layer and step, not of the data
+         is left out because it cancels; a redraw is a function of seed, layer and step, not of the data.
+         Released code by options: LRA's is use_mask=False with kernel=relu num_features=0 eps=1e-3, or with
+         num_features=2 eps=1e-6 for ListOps; Nystromformer's is double_scaling=True zero_padding=True
 """
 # b batch, h heads, l length, t packed tokens, d head dim (keys), e head dim (values), r features
 
@@ -21,9 +24,12 @@ from models.common import (
     Traits,
     at_least_fp32,
     full_precision,
+    kernel_sums,
     register,
     segment_attention,
 )
+
+KERNELS = ("softmax", "relu")
 
 
 def orthogonal_features(r: int, d: int, generator: torch.Generator) -> Tensor:
@@ -36,9 +42,9 @@ def orthogonal_features(r: int, d: int, generator: torch.Generator) -> Tensor:
     return (basis * signs[:, None, :]).mT.flatten(0, 1)[:r] * norms
 
 
-def project(x: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-    """x [... d] -> (w . x' [... r], |x'|^2 / 2 [... 1]), the two terms of the exponent."""
-    x = x * x.shape[-1] ** -0.25
+def project(x: Tensor, features: Tensor, power: float = 0.25) -> tuple[Tensor, Tensor]:
+    """x [... d] -> (w . x' [... r], |x'|^2 / 2 [... 1]), the two terms of the exponent; x' = x / d^power."""
+    x = x * x.shape[-1] ** -power
     return torch.einsum("...d,rd->...r", x, features), x.square().sum(dim=-1, keepdim=True) / 2
 
 
@@ -47,46 +53,77 @@ def positive_features(projected: Tensor, energy: Tensor, stabiliser: Tensor, eps
     return (projected - (energy + stabiliser)).exp() + eps
 
 
+def relu_features(x: Tensor, features: Tensor | None, eps: float) -> Tensor:
+    """f(x) of kernel=relu: [... d] -> [... r], or [... d] without features."""
+    return (x if features is None else torch.einsum("...d,rd->...r", x, features)).relu() + eps
+
+
 def favor_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, features: Tensor, eps: float = 1e-4
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    features: Tensor | None,
+    eps: float = 1e-4,
+    kernel: str = "softmax",
+    double_scaling: bool = False,
 ) -> Tensor:
-    """q, k: [b h l d], v: [b h l e], mask: [b l] bool, True = real, features: [r d], eps > 0 -> [b h l e]."""
+    """q, k: [b h l d], v: [b h l e], mask: [b l] bool, True = real, features: [r d], eps > 0 -> [b h l e].
+
+    `features` None is for kernel=relu alone; `double_scaling` divides by d^(1/2) instead of d^(1/4).
+    """
     dtype = v.dtype
     q, k, v = at_least_fp32(q, k, v)
-    features = features.to(v.dtype)
+    features = None if features is None else features.to(v.dtype)
     with full_precision(v):
-        (q, q_energy), (k, k_energy) = project(q, features), project(k, features)
-        if mask is not None:
-            k = k.masked_fill(~mask[:, None, :, None], torch.finfo(k.dtype).min)  # out of the maximum below
-        q = positive_features(q, q_energy, q.amax(dim=-1, keepdim=True), eps)
-        k = positive_features(k, k_energy, k.amax(dim=(-2, -1), keepdim=True), eps)
-        if mask is not None:
-            k = k * mask[:, None, :, None]
-        state = torch.einsum("bhlr,bhle->bhre", k, v)
-        norm = torch.einsum("bhlr,bhr->bhl", q, k.sum(dim=-2)).clamp_min(norm_floor(features, eps))
-        return (torch.einsum("bhlr,bhre->bhle", q, state) / norm.unsqueeze(-1)).to(dtype)
+        if kernel == "relu":
+            q, k = relu_features(q, features, eps), relu_features(k, features, eps)
+        else:
+            power = 0.5 if double_scaling else 0.25
+            (q, q_energy), (k, k_energy) = project(q, features, power), project(k, features, power)
+            if mask is not None:
+                k = k.masked_fill(~mask[:, None, :, None], torch.finfo(k.dtype).min)  # out of the maximum
+            q = positive_features(q, q_energy, q.amax(dim=-1, keepdim=True), eps)
+            k = positive_features(k, k_energy, k.amax(dim=(-2, -1), keepdim=True), eps)
+    mixed, norm = kernel_sums(q, k, v, mask)
+    return (mixed / norm.clamp_min(norm_floor(q.shape[-1], eps))).to(dtype)
 
 
 def favor_attention_packed(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, *, features: Tensor, eps: float = 1e-4
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_len: int,
+    *,
+    features: Tensor | None,
+    eps: float = 1e-4,
+    kernel: str = "softmax",
+    double_scaling: bool = False,
 ) -> Tensor:
     """`favor_attention` within each packed sequence. q, k: [t h d], v: [t h e] -> [t h e]."""
     dtype = v.dtype
     q, k, v = at_least_fp32(q, k, v)
-    features = features.to(v.dtype)
+    features = None if features is None else features.to(v.dtype)
     with full_precision(v):
-        (q, q_energy), (k, k_energy) = project(q, features), project(k, features)
-        segment = Segments.of(cu_seqlens, k.shape[0]).segment[:, None].expand(k.shape[:2])  # [t h]
-        lowest = k.new_full((cu_seqlens.shape[0], k.shape[1]), torch.finfo(k.dtype).min)  # filler is last
-        largest = lowest.scatter_reduce(0, segment, k.amax(dim=-1), "amax").gather(0, segment)
-        q = positive_features(q, q_energy, q.amax(dim=-1, keepdim=True), eps)
-        k = positive_features(k, k_energy, largest.unsqueeze(-1), eps)
-    return segment_attention(q, k, v, cu_seqlens, max_len, eps=norm_floor(features, eps)).to(dtype)
+        if kernel == "relu":
+            q, k = relu_features(q, features, eps), relu_features(k, features, eps)
+        else:
+            power = 0.5 if double_scaling else 0.25
+            (q, q_energy), (k, k_energy) = project(q, features, power), project(k, features, power)
+            segment = Segments.of(cu_seqlens, k.shape[0]).segment[:, None].expand(k.shape[:2])  # [t h]
+            lowest = k.new_full((cu_seqlens.shape[0], k.shape[1]), torch.finfo(k.dtype).min)  # filler is last
+            largest = lowest.scatter_reduce(0, segment, k.amax(dim=-1), "amax").gather(0, segment)
+            q = positive_features(q, q_energy, q.amax(dim=-1, keepdim=True), eps)
+            k = positive_features(k, k_energy, largest.unsqueeze(-1), eps)
+    floor = norm_floor(q.shape[-1], eps)
+    return segment_attention(q, k, v, cu_seqlens, max_len, eps=floor).to(dtype)
 
 
-def norm_floor(features: Tensor, eps: float) -> float:
+def norm_floor(num_features: int, eps: float) -> float:
     """Half the least normaliser that one real key gives, so that it acts on rows without a real key alone."""
-    return features.shape[0] * eps**2 / 2
+    return num_features * eps**2 / 2
 
 
 @register("performer")
@@ -103,16 +140,35 @@ class Performer(Mixer):
         redraw_every: int = 0,
         eps: float = 1e-4,
         feature_seed: int = 0,
+        kernel: str = "softmax",
+        double_scaling: bool = False,
+        zero_padding: bool = False,
+        use_mask: bool = True,
     ) -> None:
         super().__init__(place)
-        if num_features < 1 or redraw_every < 0 or eps <= 0:
+        if kernel not in KERNELS:
+            raise ValueError(f"unknown kernel '{kernel}' for performer; choose from: {', '.join(KERNELS)}")
+        if num_features < (kernel == "softmax") or redraw_every < 0 or eps <= 0:
             raise ValueError(
-                "performer needs num_features >= 1, redraw_every >= 0 (0: never) and eps > 0; "
-                f"got num_features={num_features}, redraw_every={redraw_every}, eps={eps}"
+                "performer needs num_features >= 1 (0, none, with kernel=relu), redraw_every >= 0 (0: never) "
+                f"and eps > 0; got num_features={num_features}, redraw_every={redraw_every}, eps={eps}"
+            )
+        if (kernel == "relu" and double_scaling) or (redraw_every and not num_features):
+            raise ValueError(
+                "performer needs kernel=softmax for double_scaling and features for redraw_every; "
+                f"got kernel={kernel}, num_features={num_features}"
             )
         self.num_features, self.feature_seed = num_features, feature_seed
-        self.redraw_every, self.eps = redraw_every, eps
-        self.register_buffer("features", self.draw(0))
+        self.redraw_every, self.eps, self.kernel = redraw_every, eps, kernel
+        self.double_scaling, self.zero_padding, self.use_mask = double_scaling, zero_padding, use_mask
+        self.register_buffer("features", self.draw(0) if num_features else None)
+        if zero_padding:
+            reason = "padding counts as zero keys and values, whose features are not zero"
+            self.traits = self.traits.but(reason, length_invariant=False, packed=False)
+        if not use_mask:
+            reason = "padding is attended to, as in the released code of LRA"
+            claims = {"content_invariant": False, "length_invariant": False, "packed": False}
+            self.traits = self.traits.but(reason, **claims)
 
     def draw(self, index: int) -> Tensor:
         """The features of one redraw: a function of `feature_seed`, the layer and `index` alone."""
@@ -124,11 +180,22 @@ class Performer(Mixer):
         if self.redraw_every and step % self.redraw_every == 0:
             self.features.copy_(self.draw(step // self.redraw_every))
 
+    @property
+    def options(self) -> dict:
+        options = {"features": self.features, "eps": self.eps, "kernel": self.kernel}
+        return {**options, "double_scaling": self.double_scaling}
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        return favor_attention(q, k, v, mask, features=self.features, eps=self.eps)
+        if not self.use_mask:
+            mask = None
+        elif self.zero_padding and mask is not None:
+            k, v = (x * mask[:, None, :, None] for x in (k, v))
+            mask = None
+        return favor_attention(q, k, v, mask, **self.options)
 
     def attend_packed(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
-        return favor_attention_packed(q, k, v, cu_seqlens, max_len, features=self.features, eps=self.eps)
+        return favor_attention_packed(q, k, v, cu_seqlens, max_len, **self.options)
 
     def state_size(self, length: int) -> int:
-        return self.place.num_heads * self.num_features * (self.place.head_dim + 1)
+        num_features = self.num_features or self.place.head_dim
+        return self.place.num_heads * num_features * (self.place.head_dim + 1)

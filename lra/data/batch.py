@@ -160,9 +160,7 @@ def decoding(task: Task) -> dict[str, Any]:
 def _count_nonzero(tokens: np.ndarray, offsets: np.ndarray, *, rows_at_once: int = 4096) -> np.ndarray:
     """How many stored numbers of each row are not zero, [rows] int64; no row may be empty."""
     counts = [
-        np.add.reduceat(
-            tokens[bounds[0] : bounds[-1]] != 0, bounds[:-1] - bounds[0], dtype=np.int64
-        )
+        np.add.reduceat(tokens[bounds[0] : bounds[-1]] != 0, bounds[:-1] - bounds[0], dtype=np.int64)
         for start in range(0, len(offsets) - 1, rows_at_once)
         if len(bounds := offsets[start : start + rows_at_once + 1]) > 1
     ]

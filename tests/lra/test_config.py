@@ -162,9 +162,9 @@ def test_every_overlay_of_a_recipe_holds_known_settings_only():
     for path in (config.conf_dir() / "recipe").rglob("*.yaml"):
         overlay = OmegaConf.to_container(OmegaConf.load(path))
         assert path.read_text().startswith("# @package _global_"), path
-        assert set(overlay) <= {"batch_size", "length", "task", "model", "train", "paper"}, path
-        assert set(overlay["model"]) <= backbone, path
-        assert set(overlay["train"]) <= train, path
+        assert set(overlay) <= {"defaults", "batch_size", "length", "task", "model", "train", "paper"}, path
+        assert set(overlay.get("model", {})) <= backbone, path
+        assert set(overlay.get("train", {})) <= train, path
     for path in (config.conf_dir() / "recipe_model").rglob("*.yaml"):
         model = path.stem.split("_", 1)[1]
         own = set(registry.own_names(model)) | backbone

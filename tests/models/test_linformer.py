@@ -1,10 +1,9 @@
-"""Linformer: dense attention when its projections are the identity; sharing; what it does with padding."""
+"""Linformer: sharing, starts, and what it does with padding."""
 
 import pytest
 import torch
 
 from models import Place, build
-from models.common import dense_attention
 from models.linformer import linformer_attention
 
 EXACT = {"rtol": 0, "atol": 1e-12}  # float64 rounding
@@ -16,26 +15,6 @@ def qkv(length=13):
 
 def projections(num_heads=2, slots=5, longest=20):
     return torch.randn(2, num_heads, slots, longest, dtype=torch.float64).unbind(0)
-
-
-def test_identity_projections_give_dense_attention():
-    q, k, v = qkv()
-    eye = torch.eye(13, dtype=torch.float64)[None]
-    found = linformer_attention(q, k, v, proj_k=eye, proj_v=eye)
-    torch.testing.assert_close(found, dense_attention(q, k, v), **EXACT)
-
-
-@pytest.mark.parametrize("length", [32, 19])
-@pytest.mark.parametrize("share_kv", [False, True])
-def test_parity_with_the_linformer_package(length, share_kv):
-    package = pytest.importorskip("linformer.linformer", exc_type=ImportError)
-    oracle = package.LinformerSelfAttention(16, 32, k=6, heads=2, share_kv=share_kv).double().eval()
-    x = torch.randn(3, length, 16, dtype=torch.float64)
-    to_v = oracle.to_k if share_kv else oracle.to_v  # the package then has no value projection either
-    q, k, v = (to(x).unflatten(-1, (2, 8)).transpose(1, 2) for to in (oracle.to_q, oracle.to_k, to_v))
-    proj_v = oracle.proj_k if share_kv else oracle.proj_v
-    mixed = linformer_attention(q, k, v, proj_k=oracle.proj_k.T[None], proj_v=proj_v.T[None])
-    torch.testing.assert_close(oracle.to_out(mixed.transpose(1, 2).flatten(2)), oracle(x), **EXACT)
 
 
 @pytest.mark.parametrize("num_heads", [1, 2])
@@ -56,7 +35,8 @@ def test_gradcheck():
 
 
 @pytest.mark.parametrize(
-    ("share", "matrices"), [("none", 2 * 2 * 3), ("heads", 2 * 3), ("kv", 3), ("layers", 1)]
+    ("share", "matrices"),
+    [("none", 2 * 2 * 3), ("heads", 2 * 3), ("kv", 3), ("layers", 1), ("layers_per_head", 2)],
 )
 def test_share_says_how_many_matrices_a_model_has(share, matrices):
     shared = {}
@@ -70,12 +50,46 @@ def test_share_says_how_many_matrices_a_model_has(share, matrices):
     assert sum(p.numel() for p in unique) == matrices * 256 * 30
 
 
-def test_models_do_not_share_with_each_other():
+@pytest.mark.parametrize("share", ["layers", "layers_per_head"])
+def test_models_do_not_share_with_each_other(share):
     one, other = (
-        build("linformer", Place(d_model=8, num_heads=2, max_len=30, shared={}), share="layers")
+        build("linformer", Place(d_model=8, num_heads=2, max_len=30, shared={}), share=share)
         for _ in range(2)
     )
     assert one.proj_k is not other.proj_k
+
+
+def test_layers_per_head_is_one_projection_of_keys_and_values_for_each_head():
+    place = Place(d_model=8, num_heads=2, max_len=13)
+    mechanism = build("linformer", place, share="layers_per_head", proj_len=3).double()
+    assert mechanism.proj_k is mechanism.proj_v
+    q, k, v = qkv()
+    expected = [
+        torch.softmax(q[:, h] @ (e @ k[:, h]).mT / 2, dim=-1) @ (e @ v[:, h])
+        for h, e in enumerate(mechanism.proj_k)
+    ]
+    torch.testing.assert_close(mechanism.attend(q, k, v, None), torch.stack(expected, dim=1), **EXACT)
+
+
+@pytest.mark.parametrize(("init_std", "expected"), [(None, 16**-0.5), (0.02, 0.02)])
+def test_projections_start_with_the_spread_asked_for(init_std, expected):
+    mechanism = build(
+        "linformer", Place(d_model=8, num_heads=2, max_len=2000), proj_len=16, init_std=init_std
+    )
+    found = torch.stack([mechanism.proj_k.std(), mechanism.proj_v.std()]) / expected
+    assert (found - 1).abs().max() < 0.015  # of 64,000 numbers: five standard errors
+
+
+def test_without_mask_padding_is_mixed_in_and_the_traits_say_so():
+    place = Place(d_model=8, num_heads=2, max_len=13)
+    mechanism = build("linformer", place, proj_len=3, share="kv", use_mask=False).double()
+    q, k, v = qkv()
+    found = mechanism.attend(q, k, v, torch.arange(13) < torch.tensor([[13], [6]]))
+    e = mechanism.proj_k[0]
+    expected = torch.softmax(q @ (e @ k).mT / 2, dim=-1) @ (e @ v)
+    torch.testing.assert_close(found, expected, **EXACT)
+    assert {"content_invariant", "length_invariant"} <= mechanism.traits.exceptions().keys()
+    assert build("linformer", place, proj_len=3).traits.content_invariant
 
 
 def test_dropout_acts_in_training_only():
@@ -92,7 +106,7 @@ def test_input_past_the_longest_length_is_refused():
         mechanism(torch.randn(1, 31, 8))
 
 
-@pytest.mark.parametrize("own", [{"share": "all"}, {"proj_len": 0}])
+@pytest.mark.parametrize("own", [{"share": "all"}, {"proj_len": 0}, {"init_std": 0.0}])
 def test_values_that_make_no_sense_are_refused(own):
     with pytest.raises(ValueError, match="linformer"):
         build("linformer", Place(d_model=8, num_heads=2, max_len=30), **own)

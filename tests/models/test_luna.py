@@ -1,12 +1,10 @@
-"""Luna: two multi-head attentions, norms and a feed-forward, put together as the paper does."""
+"""Luna: its slots, its carry and its options."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from models import Place, build
-from models.common import dense_attention
 from models.luna import luna_attention
 
 EXACT = {"rtol": 0, "atol": 1e-12}  # float64 rounding
@@ -22,56 +20,6 @@ def inputs(length=13):
     x = torch.randn(2, length, 16, dtype=torch.float64)
     mask = torch.arange(length) < torch.tensor([length, 4])[:, None]
     return x, mask
-
-
-def torch_attention(q, kv, out, *, tie_kv):
-    """nn.MultiheadAttention with copied projections; `out` None means none."""
-    oracle = nn.MultiheadAttention(16, 4, batch_first=True).double().eval()
-    weights = [q.weight, *(kv.weight, kv.weight)] if tie_kv else [q.weight, kv.weight]
-    biases = [q.bias, *(kv.bias, kv.bias)] if tie_kv else [q.bias, kv.bias]
-    with torch.no_grad():
-        oracle.in_proj_weight.copy_(torch.cat(weights))
-        oracle.in_proj_bias.copy_(torch.cat(biases))
-        oracle.out_proj.weight.copy_(torch.eye(16) if out is None else out.weight)
-        oracle.out_proj.bias.copy_(torch.zeros(16) if out is None else out.bias)
-    return lambda query, context, padded: oracle(query, context, context, padded, need_weights=False)[0]
-
-
-@pytest.mark.parametrize("tie_kv", [True, False])
-def test_layer_equals_two_torch_attentions_after_the_paper(tie_kv):
-    luna, (x, mask) = layer(tie_kv=tie_kv), inputs()
-    p = luna.init_carry(2)
-    pack = torch_attention(luna.pack_q, luna.pack_kv, None, tie_kv=tie_kv)
-    unpack = torch_attention(luna.unpack_q, luna.unpack_kv, luna.out, tie_kv=tie_kv)
-    y_p = pack(p, x, ~mask)
-    x_1 = F.layer_norm(unpack(x, y_p, None) + x, (16,))
-    p_1 = F.layer_norm(y_p + p, (16,))
-    expected = F.layer_norm(luna.ff.down(F.relu(luna.ff.up(x_1))) + x_1, (16,))
-    found, carry = luna(x, mask, p)
-    torch.testing.assert_close(found[mask], expected[mask], **EXACT)
-    torch.testing.assert_close(carry, p_1, **EXACT)
-
-
-def test_prenorm_layer_leaves_both_residual_streams_unnormalised():
-    luna, (x, mask) = layer(prenorm=True), inputs()
-    p = luna.init_carry(2)
-    pack = torch_attention(luna.pack_q, luna.pack_kv, None, tie_kv=True)
-    unpack = torch_attention(luna.unpack_q, luna.unpack_kv, luna.out, tie_kv=True)
-    x_in, p_in = F.layer_norm(x, (16,)), F.layer_norm(p, (16,))
-    y_p = pack(p_in, x_in, ~mask)
-    x_1 = x + unpack(x_in, y_p, None)
-    expected = x_1 + luna.ff.down(F.relu(luna.ff.up(F.layer_norm(x_1, (16,)))))
-    found, carry = luna(x, mask, p)
-    torch.testing.assert_close(found[mask], expected[mask], **EXACT)
-    torch.testing.assert_close(carry, p + y_p, **EXACT)
-
-
-def test_unpacking_from_the_sequence_itself_would_be_dense_attention():
-    q, k, v = torch.randn(3, 2, 7, 16, dtype=torch.float64).unbind(0)
-    mask = torch.arange(7) < torch.tensor([7, 3])[:, None]
-    split = [x.unflatten(-1, (4, 4)).transpose(1, 2) for x in (q, k, v)]
-    expected = dense_attention(*split, mask).transpose(1, 2).flatten(2)
-    torch.testing.assert_close(luna_attention(q, k, mask, num_heads=4, values=v), expected, **EXACT)
 
 
 @pytest.mark.parametrize("tied", [True, False])

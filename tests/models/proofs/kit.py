@@ -5,9 +5,15 @@ tokens of a row are picked first, so that a reference is defined at real positio
 """
 
 import cmath
+import importlib.util
 import math
+import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -129,3 +135,42 @@ def normed(norm, x):
     if hasattr(norm, "scale"):
         return x / torch.sqrt((x**2).mean(dim=-1, keepdim=True) + NORM_EPS) * norm.scale
     return x
+
+
+def file_of(package, path, *, without=()):
+    """One file of an installed package as a module of its own; ImportError if it is not there.
+
+    The package itself is not imported: one that needs a GPU compiler at import often has plain files too.
+    Modules in `without` are stood in for; whatever is taken from them is a decorator that changes nothing.
+    """
+    found = importlib.util.find_spec(package)
+    file = Path(found.submodule_search_locations[0], path) if found else None
+    if file is None or not file.is_file():
+        raise ImportError(f"no {path} in an installed package {package}")
+    stands_in = {name: ModuleType(name) for name in without}
+    for module in stands_in.values():
+        module.__getattr__ = lambda name: lambda function: function
+    spec = importlib.util.spec_from_file_location(f"lone_{package}_{file.stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    with mock.patch.dict(sys.modules, stands_in):
+        spec.loader.exec_module(module)
+    return module
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, sees) -> Tensor:
+    """torch's FlexAttention, uncompiled, with `sees(b, h, i, j)` of index tensors as its mask: [b h l d]."""
+    from torch.nn.attention import flex_attention as package
+
+    sizes = {"B": q.shape[0], "H": q.shape[1], "Q_LEN": q.shape[2], "KV_LEN": k.shape[2]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it recommends to compile
+        seen = package.create_block_mask(sees, **sizes, device="cpu")
+        return package.flex_attention(q, k, v, block_mask=seen)
+
+
+def attention_where(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """`attention` of query i to the keys where seen[i] is True, zeros for a query that sees none."""
+    scores = q @ k.T / math.sqrt(q.shape[-1])
+    weights = torch.exp(scores - scores.max()) * seen
+    sums = weights.sum(dim=-1, keepdim=True)
+    return weights / torch.where(sums == 0, 1.0, sums) @ v
