@@ -1,0 +1,188 @@
+"""YOSO: attention by the probability that two hashes collide, exactly or sampled with hash tables.
+
+Paper    Zeng et al. 2021, arXiv 2111.09714, sections 3.1 (collisions) and 3.2 (gradient)
+Computes out_i = y_i / |y_i|,  y_i = sum_j p(q_i, k_j) v_j  (+ conv(V)_i)   with
+         expectation  p = (1 - arccos(q . k / |q| |k|) / pi)^bits, the chance that all bits of a hash agree
+         sampled      p = share of num_hashes random hashes of so many bits that agree; its mean is the above
+Cost     expectation: time O(L^2 D), memory O(L^2). sampled: time O(H L D) forward and O(H L D^2) backward,
+         memory O(L (D + H) + 2^bits D); H = num_hashes
+Exact    no: another kernel than softmax; sampled, its error against the expectation falls as H^(-1/2)
+Padding  padded values are zero, so padded keys add nothing; a row without real keys gives zeros
+Differs  the expectation is the default and has its own derivative, held where vectors are within 1e-3 of
+         parallel (there it has none), so that outputs and gradients belong together; the paper trains with
+         the lower bound bits / 2 * p of dp / d(q . k), here exact_gradient=False. The sample, which is flat
+         almost everywhere, always has that bound, estimated by its own collisions as in the paper; hashes are
+         alike for all rows and fixed in evaluation (released code: drawn in every call)
+"""
+# b batch, h heads, l length, d head dim (keys), e head dim (values), m hashes
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.common import Place, Traits, at_least_fp32, full_precision, register
+from models.selection import HashingMixer, add_rows, check_hashing, take_rows
+
+LEAST_SINE = 1e-3  # of the angle, in the derivative of arccos
+MOST_BITS = 16
+PRODUCTS = 256  # numbers a token holds at a time in the sampled gradient
+
+
+class _Collision(torch.autograd.Function):
+    """(1 - arccos(x) / pi)^bits of cosines x, with its derivative or the bound bits / 2 times itself."""
+
+    @staticmethod
+    def forward(ctx, x, bits, exact):
+        agree = x.clamp(-1, 1).acos_().div_(-math.pi).add_(1)  # the chance that one bit does
+        ctx.save_for_backward(agree)
+        ctx.bits, ctx.exact = bits, exact
+        return agree**bits
+
+    @staticmethod
+    def backward(ctx, grad):
+        (agree,) = ctx.saved_tensors
+        if not ctx.exact:
+            return (agree**ctx.bits).mul_(ctx.bits / 2).mul_(grad), None, None
+        slope = (agree ** (ctx.bits - 1)).mul_(ctx.bits / math.pi)
+        sine = (agree * math.pi).sin_().clamp_min_(LEAST_SINE)  # of the angle
+        return slope.div_(sine).mul_(grad), None, None
+
+
+class _Sample(torch.autograd.Function):
+    """sum_j p(q_i, k_j) v_j with sampled p; by q and k the derivative of p is taken as bits / 2 times p.
+
+    q, k: [b h l d] of length one, v: [b h l e], at least float32, codes of q and k: [m b h l] -> [b h l e].
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, q_code, k_code, bits):
+        ctx.save_for_backward(q, k, v, q_code, k_code)
+        ctx.bits = bits
+        return collect(v, k_code, q_code, bits)
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, q_code, k_code = ctx.saved_tensors
+        q_grad = ctx.bits / 2 * weighted(grad, v, k, k_code, q_code, ctx.bits)
+        k_grad = ctx.bits / 2 * weighted(v, grad, q, q_code, k_code, ctx.bits)
+        return q_grad, k_grad, collect(grad, q_code, k_code, ctx.bits), None, None, None
+
+
+def collect(x: Tensor, source: Tensor, target: Tensor, bits: int) -> Tensor:
+    """sum_j p_ij x_j, p_ij the share of hashes with source_j = target_i. x: [b h l e], codes: [m b h l]."""
+    out = torch.zeros_like(x)
+    for one_source, one_target in zip(source, target, strict=True):
+        table = add_rows(x, one_source.long(), 2**bits)  # [b h 2^bits e]
+        out = out + take_rows(table, one_target.long())
+    return out / source.shape[0]
+
+
+def weighted(a: Tensor, b: Tensor, x: Tensor, source: Tensor, target: Tensor, bits: int) -> Tensor:
+    """sum_j p_ij (a_i . b_j) x_j without the pairs: a, b: [b h l e], x: [b h l d] -> [b h l d]."""
+    out, step = torch.zeros_like(x), max(1, PRODUCTS // x.shape[-1])
+    for a_part, b_part in zip(a.split(step, dim=-1), b.split(step, dim=-1), strict=True):
+        products = (b_part.unsqueeze(-1) * x.unsqueeze(-2)).flatten(3)
+        met = collect(products, source, target, bits).unflatten(3, (-1, x.shape[-1]))
+        out = out + torch.einsum("bhle,bhled->bhld", a_part, met)
+    return out
+
+
+@torch.no_grad()
+def hash_codes(x: Tensor, planes: Tensor, bits: int) -> Tensor:
+    """x [b h l d], planes [h d m*bits] -> [m b h l] int32: the signs of `bits` planes as one number."""
+    with full_precision(x):
+        sign = (torch.einsum("bhld,hdn->bhln", x, planes.to(x.dtype)) > 0).unflatten(-1, (-1, bits))
+        value = 2 ** torch.arange(bits, device=x.device)
+        return (sign.to(x.dtype) @ value.to(x.dtype)).int().permute(3, 0, 1, 2).contiguous()
+
+
+def yoso_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    bits: int,
+    planes: Tensor | None = None,
+    exact_gradient: bool = True,
+    conv_weight: Tensor | None = None,
+) -> Tensor:
+    """q, k: [b h l d], v: [b h l e], mask: [b l] bool, True = real -> [b h l e].
+
+    planes: [h d m*bits] for the sampled form, None for the expectation. conv_weight: [h 1 kernel 1] or None.
+    """
+    dtype = v.dtype
+    q, k = (F.normalize(x, dim=-1) for x in at_least_fp32(q, k))
+    if mask is not None:
+        v = v * mask[:, None, :, None]
+    if planes is None:
+        with full_precision(q):
+            cosines = q @ k.mT
+        mixed = _Collision.apply(cosines, bits, exact_gradient).to(dtype) @ v
+    else:
+        q_code, k_code = (hash_codes(x, planes, bits) for x in (q, k))
+        mixed = _Sample.apply(q, k, v.to(q.dtype), q_code, k_code, bits)
+    mixed = F.normalize(mixed.to(q.dtype), dim=-1)
+    if conv_weight is not None:
+        padding = (conv_weight.shape[-2] // 2, 0)
+        mixed = mixed + F.conv2d(v, conv_weight.to(dtype), padding=padding, groups=conv_weight.shape[0])
+    return mixed.to(dtype)
+
+
+@register("yoso")
+class Yoso(HashingMixer):
+    """Projections, hash planes and, unless `conv_kernel` is 0, a convolution around `yoso_attention`."""
+
+    traits = Traits().but(
+        "the expectation is over all pairs; expectation=False samples it", quadratic_memory=True
+    )
+
+    def __init__(
+        self,
+        place: Place,
+        *,
+        expectation: bool = True,
+        bits: int = 11,
+        num_hashes: int = 32,
+        exact_gradient: bool = True,
+        conv_kernel: int = 0,
+        hash_seed: int = 0,
+        redraw_every: int = 1,
+    ) -> None:
+        super().__init__(place)
+        odd_or_none = conv_kernel == 0 or (conv_kernel > 0 and conv_kernel % 2 == 1)
+        if not 1 <= bits <= MOST_BITS or num_hashes < 1 or not odd_or_none:
+            raise ValueError(
+                f"yoso needs bits from 1 to {MOST_BITS}, num_hashes >= 1, conv_kernel odd or 0 (none); got "
+                f"bits={bits}, num_hashes={num_hashes}, conv_kernel={conv_kernel}"
+            )
+        check_hashing("yoso", hash_seed, redraw_every)
+        self.bits, self.expectation, self.exact_gradient = bits, expectation, exact_gradient
+        shape = (place.num_heads, place.head_dim, num_hashes * bits)
+        if not expectation:
+            self.draw_directions(*shape, seed=hash_seed, redraw_every=redraw_every)
+            self.traits = Traits()
+        if not (expectation and exact_gradient):
+            reason = "the gradient by queries and keys is the paper's bound on the derivative"
+            self.traits = self.traits.but(reason, surrogate_gradient=True)
+        self.conv_weight = None
+        if conv_kernel:
+            self.conv_weight = nn.Parameter(torch.empty(place.num_heads, 1, conv_kernel, 1))
+            bound = conv_kernel**-0.5  # the start that torch gives a Conv2d of this shape
+            nn.init.uniform_(self.conv_weight, -bound, bound)
+            self.traits = self.traits.but("", uses_order=True)
+
+    def training_update(self, step: int) -> None:
+        if not self.expectation:
+            super().training_update(step)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        planes = None if self.expectation else self.directions
+        options = {"exact_gradient": self.exact_gradient, "conv_weight": self.conv_weight}
+        return yoso_attention(q, k, v, mask, bits=self.bits, planes=planes, **options)
+
+    def state_size(self, length: int) -> int:
+        rows = length if self.expectation else self.shape[-1] // self.bits * 2**self.bits
+        return rows * self.place.num_heads * self.place.head_dim * (2 if self.expectation else 1)
