@@ -9,6 +9,8 @@ Differs  no
 """
 # b batch, h heads, l length, t packed tokens, d head dim
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -89,6 +91,9 @@ class Softmax(Mixer):
             raise ValueError(f"unknown kernel '{kernel}' for softmax; choose from: {', '.join(KERNELS)}")
         self.kernel = kernel
         self.attn_dropout = nn.Dropout(attn_dropout)
+        if kernel == "math":
+            because = {"quadratic_memory": "kernel=math keeps the whole score matrix"}
+            self.traits = replace(self.traits, quadratic_memory=True, because=because)
 
     @property
     def dropout(self) -> float:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import lra
-from lra import cli, config, environment, measure
+from lra import cli, config, environment, measure, registry
 from lra.data.selection import resolve
 from lra.launch import sweep
 
@@ -140,6 +140,12 @@ def test_check_model_commands_pass_with_as_many_checks_as_said(line, readers_fol
     assert cli.main(words(line)) == 0, capsys.readouterr().out
     (made,) = set(re.findall(r"(\d+) checks", capsys.readouterr().out))
     assert set(re.findall(r"(\d+) checks", README)) <= {made}
+
+
+def test_every_mechanism_stands_in_one_family():
+    section = README.split("## Mechanisms")[1].split("\n\n")[1]
+    named = re.findall(r"`(\w+)`", section)
+    assert sorted(named) == registry.names()
 
 
 def test_links_lead_to_files():

@@ -48,5 +48,18 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda x: fourier_mix(x, mask), [x])
 
 
+def test_use_mask_false_transforms_what_stands_at_padding():
+    place = Place(d_model=6, num_heads=2, max_len=13)
+    quirk = build("fnet", place, use_mask=False)
+    x = torch.randn(2, 13, 6, dtype=torch.float64)
+    mask = torch.arange(13) < torch.tensor([13, 4])[:, None]
+    angle = torch.arange(13, dtype=torch.float64)[:, None] * torch.arange(13) * 2 * torch.pi / 13
+    width = torch.fft.fft(x, dim=2)
+    expected = (torch.complex(angle.cos(), -angle.sin()) @ width).real  # a sum over all 13 positions
+    torch.testing.assert_close(quirk(x, mask), expected, rtol=0, atol=1e-12)
+    assert (quirk(x, mask) - build("fnet", place)(x, mask)).abs().max() > 1
+    assert set(quirk.traits.exceptions()) == {"content_invariant", "length_invariant"}
+
+
 def test_it_has_no_parameters():
     assert not list(build("fnet", Place(d_model=6, num_heads=2, max_len=9)).parameters())

@@ -62,6 +62,12 @@ def test_dropout_acts_on_weights_and_in_training_only(kernel):
     assert torch.equal(mechanism(x), mechanism(x))
 
 
+def test_the_explicit_kernel_alone_claims_quadratic_memory():
+    place = Place(d_model=8, num_heads=2, max_len=9)
+    assert not build("softmax", place, kernel="fused").traits.quadratic_memory
+    assert "quadratic_memory" in build("softmax", place, kernel="math").traits.exceptions()
+
+
 def test_unknown_kernel_is_refused_with_the_choices():
     with pytest.raises(ValueError, match="unknown kernel 'flash'.*fused, math"):
         build("softmax", Place(d_model=8, num_heads=2, max_len=9), kernel="flash")
