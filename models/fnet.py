@@ -16,7 +16,7 @@ from torch import Tensor
 
 from models.common import Mixer, Place, Traits, at_least_fp32, register
 
-PARTS = 4  # of the width, transformed one by one over the length: past 4,096 that needs workspace as large again
+PARTS = 4  # of the width, transformed one by one over the length: past 4,096 the workspace is as large again
 
 
 def fourier_mix(x: Tensor, mask: Tensor | None = None) -> Tensor:

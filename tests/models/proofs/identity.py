@@ -11,4 +11,8 @@ def reference(module, x, mask=None):
 
 CASES = [{}]
 
+NO_LIMIT = "its output is zero, and no softmax attention is"
+
+NO_ORACLE = "there is nothing in it that a package could hold"
+
 FAULTS = dict.fromkeys(FAULT_NAMES, "its output is zero whatever its input")
