@@ -1,7 +1,7 @@
 """Why each mechanism can be trusted: one file each, named as the mechanism, found by being here.
 
 A proof has
-    reference(module, x, mask=None[, carry])   the mechanism once more in float64, row by row, from its formula
+    reference(module, x, mask=None[, carry])   the mechanism again in float64, row by row, from its formula
     CASES     arguments of the constructor under which mechanism and reference are compared
     LIMITS    cases in which it equals softmax or the dense kernel; `NO_LIMIT` says why there is none
     ORACLES   independent public implementations; `NO_ORACLE` says why there is none
