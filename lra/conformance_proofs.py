@@ -3,6 +3,7 @@
 In a clone they are part of `lra check-model`; an installed wheel has no tests, and they are n/a.
 """
 
+import copy
 import importlib
 import sys
 from collections.abc import Iterator, Mapping
@@ -156,14 +157,7 @@ def output_error(
     """The largest relative difference between mechanism and reference over the masks."""
     s = _sized(subject, own, 160)
     (length,) = s.lengths(length)
-    probe = s.probe(**place)
-    with torch.no_grad():
-        return largest(
-            [
-                change(run_reference(proof, probe, x, mask), probe(x, mask), mask)
-                for x, mask in inputs_of(s, length, scale)
-            ]
-        )
+    return _distance(s, proof, s.probe(**place), length, scale)
 
 
 def gradient_error(subject: Subject, proof: ModuleType, own: Mapping[str, object], length: int) -> float:
@@ -171,11 +165,14 @@ def gradient_error(subject: Subject, proof: ModuleType, own: Mapping[str, object
     s = _sized(subject, own, 32)
     (length,) = s.lengths(length)
     probe, weight, errors = s.probe(), s.inputs(3, length, seed=5), []
+    beside = copy.deepcopy(probe).cpu()
     for x, mask in inputs_of(s, length):
-        expected = _gradients(probe, x, mask, weight, lambda x, m: run_reference(proof, probe, x, m))
-        found = _gradients(probe, x, mask, weight, probe)
+        expected = _gradients(
+            beside, *_on_cpu(x, mask), weight.cpu(), lambda x, m: run_reference(proof, beside, x, m)
+        )
+        found = {n: g.cpu() for n, g in _gradients(probe, x, mask, weight, probe).items()}
         size = max([1e-300, *(g.abs().max().item() for g in expected.values())])
-        zero = torch.zeros((), dtype=x.dtype, device=x.device)
+        zero = torch.zeros((), dtype=x.dtype)
         errors += [
             (expected.get(n, zero) - found.get(n, zero)).abs().max().item() / size
             for n in expected.keys() | found.keys()
@@ -197,12 +194,21 @@ def vanishing_error(subject: Subject, proof: ModuleType, own: Mapping[str, objec
         return 0.0
     with torch.no_grad():
         probe.first.qkv.bias[: 2 * s.d_model] -= 9.0
-        return largest(
-            [
-                change(run_reference(proof, probe, x, mask), probe(x, mask), mask)
-                for x, mask in inputs_of(s, 17, 0.3)
-            ]
-        )
+    return _distance(s, proof, probe, 17, 0.3)
+
+
+@torch.no_grad()
+def _distance(subject: Subject, proof: ModuleType, probe: Probe, length: int, scale: float) -> float:
+    """The largest relative difference over the masks; the reference computes on the CPU, on a copy."""
+    beside, errors = copy.deepcopy(probe).cpu(), []
+    for x, mask in inputs_of(subject, length, scale):
+        expected = run_reference(proof, beside, *_on_cpu(x, mask))
+        errors.append(change(expected, probe(x, mask).cpu(), None if mask is None else mask.cpu()))
+    return largest(errors)
+
+
+def _on_cpu(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return x.cpu(), None if mask is None else mask.cpu()
 
 
 def _sized(subject: Subject, own: Mapping[str, object], max_len: int) -> Subject:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from models.common import Block, Chunks, Mixer, Segments, full_precision
+from models.common import Block, Mixer, full_precision
+from models.packed import Chunks, Segments
 
 # s sequences (batch rows x documents), l padded length, t packed rows, d width
 

@@ -16,16 +16,9 @@ import math
 import torch
 from torch import Tensor
 
-from models.common import (
-    Mixer,
-    Place,
-    Segments,
-    Traits,
-    at_least_fp32,
-    kernel_sums,
-    register,
-    segment_attention,
-)
+from models.common import Mixer, Place, Traits, at_least_fp32, register
+from models.packed import Segments
+from models.sums import kernel_sums, segment_attention
 
 
 def reweighted(x: Tensor, positions: Tensor, period: int) -> Tensor:

@@ -17,16 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.common import (
-    Chunks,
-    Mixer,
-    Place,
-    Traits,
-    at_least_fp32,
-    full_precision,
-    masked_softmax,
-    register,
-)
+from models.common import Mixer, Place, Traits, at_least_fp32, full_precision, masked_softmax, register
+from models.packed import Chunks
 
 
 def external_attention(

@@ -11,7 +11,8 @@ Differs  no
 
 from torch import Tensor, nn
 
-from models.common import Chunks, Mixer, Place, Segments, Traits, at_least_fp32, full_precision, register
+from models.common import Mixer, Place, Traits, at_least_fp32, full_precision, register
+from models.packed import Chunks, Segments
 
 
 def global_mean(x: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -17,18 +17,9 @@ Differs  c, which cancels but for eps; f(q) . z is at least eps (authors' code: 
 import torch
 from torch import Tensor, nn
 
-from models.common import (
-    Mixer,
-    Place,
-    Segments,
-    Traits,
-    at_least_fp32,
-    full_precision,
-    head_products,
-    kernel_sums,
-    register,
-    segment_attention,
-)
+from models.common import Mixer, Place, Traits, at_least_fp32, full_precision, head_products, register
+from models.packed import Segments
+from models.sums import kernel_sums, segment_attention
 
 FEATURE_MAPS = ("exp", "softmax", "joint")
 

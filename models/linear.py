@@ -14,7 +14,8 @@ Differs  eps floor on the normaliser; released code adds it instead (add_eps=Tru
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.common import Mixer, Place, Traits, at_least_fp32, kernel_sums, register, segment_sums
+from models.common import Mixer, Place, Traits, at_least_fp32, register
+from models.sums import kernel_sums, segment_sums
 
 
 def feature_map(x: Tensor) -> Tensor:

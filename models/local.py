@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.blocks import Part, block_attention, in_blocks, label_blocks, label_windows, offsets, windows
-from models.common import Chunks, Mixer, Place, Traits, at_least_fp32, register
+from models.common import Mixer, Place, Traits, at_least_fp32, register
+from models.packed import Chunks
 
 PATTERNS = ("sliding", "block", "neighbours", "released")
 NOBODY = 0  # the group of padding: it attends to nothing and nothing attends to it

@@ -17,17 +17,9 @@ Differs  c for keys is over the real keys of one row and head (released code: al
 import torch
 from torch import Tensor
 
-from models.common import (
-    Mixer,
-    Place,
-    Segments,
-    Traits,
-    at_least_fp32,
-    full_precision,
-    kernel_sums,
-    register,
-    segment_attention,
-)
+from models.common import Mixer, Place, Traits, at_least_fp32, full_precision, register
+from models.packed import Segments
+from models.sums import kernel_sums, segment_attention
 
 KERNELS = ("softmax", "relu")
 

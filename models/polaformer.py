@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.common import Mixer, Place, Segments, Traits, at_least_fp32, kernel_sums, register, segment_sums
+from models.common import Mixer, Place, Traits, at_least_fp32, register
+from models.packed import Segments
+from models.sums import kernel_sums, segment_sums
 
 
 def polar(x: Tensor, scale: Tensor, power: Tensor) -> Tensor:

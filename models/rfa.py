@@ -16,17 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.common import (
-    Mixer,
-    Place,
-    Traits,
-    at_least_fp32,
-    full_precision,
-    head_products,
-    kernel_sums,
-    register,
-    segment_attention,
-)
+from models.common import Mixer, Place, Traits, at_least_fp32, full_precision, head_products, register
+from models.sums import kernel_sums, segment_attention
 
 TINY = 1e-6  # shorter queries and keys are not made longer than |x| / TINY
 

@@ -26,16 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.common import (
-    Mixer,
-    Place,
-    Traits,
-    at_least_fp32,
-    full_precision,
-    pad_packed,
-    register,
-    unpad_packed,
-)
+from models.common import Mixer, Place, Traits, at_least_fp32, full_precision, register
+from models.packed import pad_packed, unpad_packed
 from models.schedules import check_sizes, pairs_of
 
 TILE_ROOTS = 8  # tokens of a block over the root of the length, if the number of blocks is ours to choose

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.common import Mixer, Place, Traits, masked_softmax, pad_packed, register, unpad_packed
+from models.common import Mixer, Place, Traits, masked_softmax, register
+from models.packed import pad_packed, unpad_packed
 
 KERNELS = ("fused", "math")
 LOOP_PAYS_FROM = (

@@ -20,18 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.common import (
-    Mixer,
-    Place,
-    Traits,
-    at_least_fp32,
-    chunk_sums,
-    full_precision,
-    head_products,
-    kernel_sums,
-    register,
-    sum_chunks,
-)
+from models.common import Mixer, Place, Traits, at_least_fp32, full_precision, head_products, register
+from models.sums import chunk_sums, kernel_sums, sum_chunks
 
 BLOCK = 256  # monomials made at a time, at most, unless one leading factor has more
 ORDERS = (1, 2, 3)

@@ -40,7 +40,7 @@ def test_mechanism_conforms(name, check):
     assert_passes(check(subject(name)))
 
 
-@pytest.mark.parametrize(("name", "own"), variants())
+@pytest.mark.parametrize(("name", "own"), list(variants()))
 def test_variant_conforms(name, own):
     for check in ALL_CHECKS:
         if check.__name__ not in COMPARED_ONCE:
