@@ -1,5 +1,6 @@
 """The conformance suite: what every mechanism must do, measured for one; the verb `lra check-model`."""
 
+import dataclasses
 import inspect
 import shlex
 import textwrap
@@ -8,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from lra import (
     conformance_checks,
@@ -21,6 +24,7 @@ from lra.conformance_checks import batch_leak, content_leak, length_leak
 from lra.conformance_compile import compiled_like_eager
 from lra.conformance_subject import Check, Subject, checks_in, quiet_seed
 from lra.errors import UserError, unknown
+from lra.schema import BackboneConfig
 from models.common import own_parameters
 
 __all__ = [
@@ -195,7 +199,8 @@ def main(argv: list[str]) -> int:
                 "`lra check-model all` takes no model.key=value: no two mechanisms share them all"
             )
         return _check_all(arguments.device)
-    report = check_model(arguments.model, _own(arguments.overrides), device=arguments.device)
+    own = _typed(arguments.model, _own(arguments.overrides))
+    report = check_model(arguments.model, own, device=arguments.device)
     print(report.render())
     return 0 if report.ok else 1
 
@@ -216,4 +221,22 @@ def _own(overrides: list[str]) -> dict[str, object]:
     for override in overrides:
         if not override.startswith("model.") or "=" not in override:
             raise UserError(f"cannot read '{shlex.quote(override)}'; parameters are given as model.key=value")
-    return OmegaConf.to_container(OmegaConf.from_dotlist(overrides)).get("model", {})
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist(overrides)).get("model", {})
+    except YAMLError as error:
+        raise UserError(f"cannot read {' '.join(overrides)}: {str(error).splitlines()[0]}") from error
+
+
+def _typed(name_or_target: str, own: dict[str, object]) -> dict[str, object]:
+    """The arguments in the types of the constructor, as `lra train` reads them; unknown ones as they are."""
+    named = ("custom", name_or_target) if ":" in name_or_target else (name_or_target, None)
+    checked = dict(own)
+    for schema in (BackboneConfig, registry.own_schema(*named)):
+        given = {f.name: own[f.name] for f in dataclasses.fields(schema) if f.name in own}
+        try:
+            merged = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(schema), given))
+        except OmegaConfBaseException as error:
+            key = getattr(error, "full_key", "") or ""
+            raise UserError(f"model.{key}: {str(error).splitlines()[0]}") from error
+        checked |= {name: merged[name] for name in given}
+    return checked

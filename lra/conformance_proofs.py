@@ -4,9 +4,12 @@ In a clone they are part of `lra check-model`; an installed wheel has no tests, 
 """
 
 import copy
-import importlib
+import importlib.util
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
@@ -26,6 +29,7 @@ from lra.conformance_subject import (
     passed,
     within,
 )
+from lra.errors import UserError
 
 COMPARED_AT = ((1, 1.0), (2, 1.0), (17, 1.0), (17, 4.0), (63, 4.0), (150, 1.0))  # length, scale of the inputs
 FAULTS_SHOW_AT = ((17, 1.0), (17, 4.0), (63, 1.0))
@@ -57,7 +61,7 @@ def equals_limits(subject: Subject) -> Outcome:
         return _no_proof(subject)
     limits = getattr(proof, "LIMITS", [])
     if not limits:
-        return not_applicable(getattr(proof, "NO_LIMIT", "no limit case is written down"))
+        return _ruled_out(proof, "NO_LIMIT", "LIMITS")
     return _worst([(limit.claim, limit.measure(), limit.tolerance) for limit in limits])
 
 
@@ -67,20 +71,21 @@ def equals_oracles(subject: Subject) -> Outcome:
         return _no_proof(subject)
     found, missing = [], []
     for oracle in getattr(proof, "ORACLES", []):
-        try:
+        if lacking := [name for name in oracle.needs if not _is_installed(name)]:
+            missing.append(f"{oracle.source}: not compared, {', '.join(lacking)} is not installed")
+        else:
             found.append((f"{oracle.source}: {oracle.claim}", oracle.measure(), oracle.tolerance))
-        except ImportError:
-            missing.append(f"{oracle.source} is not installed")
     if found:
-        return _worst(found)
-    return not_applicable("; ".join(missing) or getattr(proof, "NO_ORACLE", "no oracle is written down"))
+        outcome = _worst(found)
+        return replace(outcome, detail="; ".join([outcome.detail, *missing]))
+    return not_applicable("; ".join(missing)) if missing else _ruled_out(proof, "NO_ORACLE", "ORACLES")
 
 
 @check("proof", "each of five classical mistakes, planted in its file, moves its outputs off the reference")
 def faults_are_caught(subject: Subject) -> Outcome:
     if (proof := proof_of(subject)) is None:
         return _no_proof(subject)
-    told, honest = [], {}
+    told, honest, plants = [], {}, []
     for fault in FAULT_NAMES:
         plant = proof.FAULTS.get(fault, "")
         if isinstance(plant, str):
@@ -88,6 +93,9 @@ def faults_are_caught(subject: Subject) -> Outcome:
                 return failed(f"{fault}: neither planted nor ruled out")
             told.append(f"{fault}: cannot be made, {plant}")
             continue
+        if plant in plants:
+            return failed(f"{fault}: the same plant stands for another fault")
+        plants.append(plant)
         key = repr(plant.own)
         if key not in honest:
             honest[key] = fault_error(subject, proof, plant.own)
@@ -103,12 +111,18 @@ def faults_are_caught(subject: Subject) -> Outcome:
 
 def proofs() -> ModuleType | None:
     """The package tests/models/proofs of the clone this runs from; None in an installed wheel."""
-    folder = Path(__file__).resolve().parent.parent / "tests" / "models"
-    if not (folder / "proofs" / "__init__.py").is_file():
+    file = Path(__file__).resolve().parent.parent / "tests" / "models" / "proofs" / "__init__.py"
+    if not file.is_file():
         return None
-    if str(folder) not in sys.path:
-        sys.path.append(str(folder))
-    return importlib.import_module("proofs")
+    known = sys.modules.get("proofs")
+    if known is None:
+        where = [str(file.parent)]
+        spec = importlib.util.spec_from_file_location("proofs", file, submodule_search_locations=where)
+        known = sys.modules["proofs"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(known)
+    if Path(known.__file__ or "").resolve() != file:
+        raise UserError(f"another module called 'proofs' is imported from {known.__file__}; it hides {file}")
+    return known
 
 
 def proof_of(subject: Subject) -> ModuleType | None:
@@ -120,17 +134,40 @@ def proof_of(subject: Subject) -> ModuleType | None:
 
 def cases_of(subject: Subject, proof: ModuleType) -> list[dict]:
     """The arguments to compare under: those given to the subject, else all that the proof lists."""
+    if not proof.CASES:
+        raise ValueError(f"tests/models/proofs/{subject.name}.py lists no CASES to compare under")
     return [dict(subject.own)] if subject.own else proof.CASES
 
 
 def run_reference(proof: ModuleType, probe: Probe, x: Tensor, mask: Tensor | None) -> Tensor:
-    """The reference on the layers of a probe, called as the probe is."""
-    if len(probe.layers) == 1:
-        return proof.reference(probe.layers[0], x, mask)
-    carry = None
+    """The reference on the layers of a probe, called as the probe is; it may not call the mechanism."""
+    with _without_forward(probe):
+        if len(probe.layers) == 1:
+            return proof.reference(probe.layers[0], x, mask)
+        carry = None
+        for layer in probe.layers:
+            x, carry = proof.reference(layer, x, mask, carry)
+        return x
+
+
+@contextmanager
+def _without_forward(probe: Probe) -> Iterator[None]:
+    """Inside, the methods of the probe's mechanisms that mix raise: a reference is not the mechanism."""
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the reference calls the mechanism that it should prove")
+
+    names = ("forward", "attend", "forward_packed", "attend_packed", "mix")
     for layer in probe.layers:
-        x, carry = proof.reference(layer, x, mask, carry)
-    return x
+        for name in names:
+            if hasattr(layer, name):
+                layer.__dict__[name] = refuse
+    try:
+        yield
+    finally:
+        for layer in probe.layers:
+            for name in names:
+                layer.__dict__.pop(name, None)
 
 
 def inputs_of(
@@ -231,6 +268,19 @@ def _worst(found: list[tuple[str, float, float]]) -> Outcome:
     told = "; ".join(f"{claim}: {measured:.1e}" for claim, measured, _ in found)
     _, measured, tolerance = max(found, key=lambda f: f[1] / f[2] if f[1] == f[1] else float("inf"))
     return within(measured, tolerance, told)
+
+
+def _ruled_out(proof: ModuleType, reason: str, missing: str) -> Outcome:
+    said = getattr(proof, reason, "").strip()
+    return not_applicable(said) if said else failed(f"the proof has neither {missing} nor {reason}")
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _count(number: int, noun: str, rest: str) -> str:

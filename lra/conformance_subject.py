@@ -117,8 +117,8 @@ def not_applicable(detail: str) -> Outcome:
 
 
 def within(measured: float, tolerance: float, detail: str = "") -> Outcome:
-    """Passes if the number is finite and not above the tolerance."""
-    return Outcome("pass" if measured <= tolerance else "fail", detail, measured, tolerance)
+    """Passes if the number is from 0 to the tolerance."""
+    return Outcome("pass" if 0 <= measured <= tolerance else "fail", detail, measured, tolerance)
 
 
 def as_claimed(trait: str, claimed: bool, measured: float, detail: str = "") -> Outcome:

@@ -197,17 +197,27 @@ def growth(rows: list[Row]) -> dict[tuple[str, int], float]:
 
 def broken_claims(rows: list[Row]) -> list[str]:
     """What measured growth says against `quadratic_memory`, and every layer that could not be measured."""
-    claims = {r.model: r.quadratic_memory for r in rows}
+    claims = {r.model: r.quadratic_memory for r in rows if r.quadratic_memory is not None}
     broken = [f"{r.model} at {r.length:,}: {r.status}, {r.reason}" for r in rows if r.status != "ok"]
     found = growth(rows)
     for (name, length), factor in found.items():
-        if not claims[name] and factor > MOST_GROWTH:
+        if not claims.get(name) and factor > MOST_GROWTH:
             broken.append(f"{name} at {length:,}: {factor:.2f} times the memory of half the length")
     for name, quadratic in claims.items():
         factors = [f for (n, _), f in found.items() if n == name]
         if quadratic and factors and max(factors) < LEAST_QUADRATIC:
             broken.append(f"{name} claims quadratic_memory, yet grows {max(factors):.2f} times at most")
     return broken
+
+
+def failures(rows: list[Row]) -> list[str]:
+    """Layers that could not be measured; for one that claims `quadratic_memory` to run out is an answer."""
+    quadratic = {r.model for r in rows if r.quadratic_memory}
+    return [
+        f"{r.model} at {r.length:,}: {r.status}, {r.reason}"
+        for r in rows
+        if r.status == "failed" or (r.status == "oom" and r.model not in quadratic)
+    ]
 
 
 def growth_table(rows: list[Row]) -> str:
@@ -270,6 +280,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
         raise UserError("layer_cost reads the CUDA allocator and needs a GPU")
+    for name in arguments.names:
+        registry.get(name)  # UserError for an unknown one
     names = arguments.names or registry.names()
     width = arguments.width
     heads = max(2, width // 64)
@@ -295,11 +307,14 @@ def main(argv: list[str] | None = None) -> int:
     print(growth_table(rows) if arguments.check else time_table(rows))
     if left_out:
         print(f"not begun within {arguments.time_limit:.0f} s: {', '.join(left_out)}")
-    broken = broken_claims(rows) if arguments.check else []
+    broken = broken_claims(rows) if arguments.check else failures(rows)
     for line in broken:
         print(line)
     return 1 if broken or left_out else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(f"layer_cost: {error}")

@@ -49,7 +49,10 @@ class Padded:
         if kind in ("cls", "first"):
             return x[:, 0]
         if kind == "max":
-            return (x if self.mask is None else x.masked_fill(~self.mask[..., None], float("-inf"))).amax(1)
+            if self.mask is None:
+                return x.amax(1)
+            largest = x.masked_fill(~self.mask[..., None], float("-inf")).amax(1)
+            return largest.masked_fill(~self.mask.any(1, keepdim=True), 0.0)
         wide = x if x.dtype == torch.float64 else x.float()
         if kind == "mean_all" or self.mask is None:
             return wide.mean(1)

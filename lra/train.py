@@ -351,6 +351,11 @@ def choose_layout(config: RunConfig) -> str:
     quirks = []
     if config.task.black == "padding":
         quirks.append("task.black=padding")
+        if config.model.backbone.pool == "first":
+            raise UserError(
+                "model.pool=first would read a first pixel that task.black=padding may mask; "
+                "use model.pool=cls or mean"
+            )
     if not registry.traits(config.model).content_invariant:
         quirks.append(f"model={config.model.label}, as it is set, reads padding and")
     if config.model.backbone.norm == "batch" and config.model.backbone.norm_stats == "all":

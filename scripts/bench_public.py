@@ -1,11 +1,12 @@
 """Our layers against public implementations of the same mechanism: forward and backward, one run, one card.
 
 Both get the same x [b l d_model], bf16 autocast or float32 where theirs cannot; ratio = theirs over ours.
-usage: python scripts/bench_public.py [NAME ...] [--length N] [--batch-size B] [--widths W,W] [-o FILE.jsonl]
+usage: python scripts/bench_public.py [NAME ...] [--length N] [--batch-size B] [--widths W W] [-o FILE.jsonl]
 """
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -213,19 +214,21 @@ def compare(name: str, width: int, length: int, batch_size: int, device: str) ->
     return row
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", choices=[*PUBLIC, []], help="mechanisms (default: all)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(PUBLIC)} (default: all)")
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--widths", default="64,256")
+    parser.add_argument("--widths", type=int, nargs="+", default=[64, 256])
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
     device = environment.pick_device("auto")
     about = {"device": environment.device_name(device), "torch": torch.__version__}
     about["git_revision"] = environment.git_revision()
     rows = []
-    for width in map(int, arguments.widths.split(",")):
+    if unknown := set(arguments.names) - set(PUBLIC):
+        parser.error(f"nothing to compare {', '.join(unknown)} with; choose from: {', '.join(PUBLIC)}")
+    for width in arguments.widths:
         for name in arguments.names or PUBLIC:
             row = compare(name, width, arguments.length, arguments.batch_size, str(device)) | about
             rows.append(row)
@@ -238,8 +241,10 @@ def main() -> None:
             if device.type == "cuda":
                 torch.cuda.empty_cache()
 
+    return 0 if all("ratio" in row for row in rows) else 1
+
 
 KEYS = ("public_ms", "ours_ms", "ours_captured_ms", "ratio")
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

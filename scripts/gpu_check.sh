@@ -6,6 +6,10 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-results/mechanisms}
 python=${PYTHON:-.venv/bin/python}
+if ! command -v "$python" >/dev/null; then
+  echo "gpu_check.sh: no $python; run scripts/test.sh once, or name a Python that has lra: PYTHON=python3" >&2
+  exit 2
+fi
 status=0
 "$python" -m lra.layer_cost --check -o "$out/memory.jsonl" || status=1
 "$python" -m lra.layer_cost --time-limit "${TIME_LIMIT:-600}" -o "$out/cost.jsonl" || status=1

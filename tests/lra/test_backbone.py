@@ -214,3 +214,12 @@ def test_filler_rows_reach_neither_outputs_nor_gradients_in_half_precision(name,
         assert torch.isfinite(gradients[1][n]).all(), n
         scale = gradient.abs().max().item()
         torch.testing.assert_close(gradient, gradients[1][n], rtol=0, atol=2e-2 * scale + 1e-6, msg=n)
+
+
+def test_the_maximum_over_a_row_of_padding_is_zero():
+    x = torch.randn(2, 3, 4, requires_grad=True)
+    layout = Padded(2, 3, torch.tensor([[True, True, False], [False] * 3]), x.device)
+    pooled = layout.pool(x, "max")
+    pooled.sum().backward()
+    assert torch.equal(pooled[0], x[0, :2].amax(0)) and not pooled[1].any()
+    assert x.grad.isfinite().all() and not x.grad[1].any()

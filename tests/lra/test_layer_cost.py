@@ -7,7 +7,18 @@ import torch
 
 from lra import environment
 from lra.errors import UserError
-from lra.layer_cost import Row, Size, broken_claims, growth, growth_table, layer_cost, main, time_table, write
+from lra.layer_cost import (
+    Row,
+    Size,
+    broken_claims,
+    failures,
+    growth,
+    growth_table,
+    layer_cost,
+    main,
+    time_table,
+    write,
+)
 
 
 def rows(name, peaks, quadratic=False, **more):
@@ -39,6 +50,13 @@ def test_a_claim_is_held_against_growth_in_both_directions(peaks, quadratic, bro
 def test_a_layer_that_could_not_be_measured_is_named():
     (said,) = broken_claims([Row("a", {}, 4096, Size(), status="oom", reason="too large")])
     assert "a at 4,096: oom, too large" in said
+
+
+def test_out_of_memory_is_an_answer_of_a_quadratic_layer_alone():
+    quadratic = [*rows("a", (10.0, 40.0, 160.0), True)[:2], Row("a", {}, 16384, Size(), status="oom")]
+    assert failures(quadratic) == [] and len(broken_claims(quadratic)) == 1
+    assert len(failures([Row("b", {}, 16384, Size(), status="oom", quadratic_memory=False)])) == 1
+    assert len(failures([Row("b", {}, 16384, Size(), status="failed", quadratic_memory=True)])) == 1
 
 
 def test_tables_have_a_line_per_mechanism():

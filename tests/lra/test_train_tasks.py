@@ -128,6 +128,11 @@ def test_black_pixels_as_padding_need_tokens_and_the_padded_layout():
         choose_layout(compose([*PATHFINDER, "task.black=padding", "train.layout=packed"]))
 
 
+def test_a_masked_first_pixel_is_not_pooled():
+    with pytest.raises(UserError, match="pool=first"):
+        choose_layout(compose([*PATHFINDER, "task.black=padding", "model.pool=first"]))
+
+
 def test_a_mechanism_that_cannot_mask_single_pixels_is_unsupported(tmp_path, monkeypatch):
     (tmp_path / "prefix_only.py").write_text(PREFIX_ONLY)
     target = f"model.target={tmp_path / 'prefix_only.py'}:PrefixOnly"

@@ -1,6 +1,7 @@
 """`lra check-model` on mechanisms outside the repository, as its user sees it."""
 
 import itertools
+import re
 import sys
 
 import pytest
@@ -94,3 +95,19 @@ def test_the_report_shows_exceptions_with_their_reasons():
     text = check_model("fnet").render()
     assert "length_invariant=False: the frequencies are those of the padded length" in text
     assert text.rstrip().splitlines()[-1].startswith("fnet conforms.")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("model.window=abc", "model.window"),
+        ("model.window=null", "model.window"),
+        ("model.window=2.5", "model.window"),
+        ("model.window.x=3", "model.window"),
+        ("model.window=[1", "cannot read"),
+        ("model.windw=3", "did you mean 'window'"),
+    ],
+)
+def test_an_argument_of_a_wrong_type_is_a_message(override, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        main(["local", override])

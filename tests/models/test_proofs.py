@@ -19,6 +19,8 @@ def test_every_mechanism_has_a_whole_proof(name):
     assert callable(proof.reference)
     assert proof.CASES
     assert set(proof.FAULTS) == set(FAULT_NAMES) == set(conformance_proofs.FAULT_NAMES)
+    tolerances = [p.tolerance for p in (*getattr(proof, "LIMITS", []), *getattr(proof, "ORACLES", []))]
+    assert all(0 < tolerance <= 1e-3 for tolerance in tolerances), tolerances
     assert bool(getattr(proof, "LIMITS", [])) != bool(getattr(proof, "NO_LIMIT", ""))
     assert bool(getattr(proof, "ORACLES", [])) != bool(getattr(proof, "NO_ORACLE", ""))
 

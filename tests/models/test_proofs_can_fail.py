@@ -1,6 +1,7 @@
 """Each check against a proof can fail: linear attention beside proofs that it does not fit."""
 
 import math
+import sys
 import types
 
 import pytest
@@ -36,7 +37,26 @@ def unchanged(args, kwargs):
     return args, kwargs
 
 
+def itself(module, x, mask=None):
+    return module(x, mask)
+
+
+def its_attention(module, x, mask=None):
+    return PROOFS["linear"].reference(module, x, mask) + 0 * module.attend(
+        *[x.unsqueeze(1)] * 3, mask
+    ).squeeze(1)
+
+
+PLANT = PROOFS["linear"].FAULTS["no mask"]
+
 BROKEN_PROOFS = [
+    ("equals_reference", {"CASES": []}),
+    ("gradients_equal_reference", {"CASES": []}),
+    ("equals_reference", {"reference": itself}),
+    ("equals_reference", {"reference": its_attention}),
+    ("equals_limits", {"LIMITS": [], "NO_LIMIT": " "}),
+    ("equals_oracles", {"ORACLES": [], "NO_ORACLE": ""}),
+    ("faults_are_caught", {"FAULTS": PROOFS["linear"].FAULTS | {"no mask": PLANT, "wrong eps": PLANT}}),
     ("equals_reference", {"reference": half}),
     ("gradients_equal_reference", {"reference": detached}),
     ("equals_limits", {"LIMITS": [Limit("a case", off_by_a_little)]}),
@@ -64,13 +84,30 @@ def test_a_mechanism_of_the_repository_without_a_proof_fails(monkeypatch):
 
 
 def test_a_package_that_is_not_installed_is_named(monkeypatch):
-    def missing():
-        raise ImportError("no such package")
+    absent = Oracle("package 1.0", "outputs", off_by_a_little, packages=("no-such-package",))
+    said = "package 1.0: not compared, no-such-package is not installed"
+    for others, status in (([], "n/a"), ([Oracle("torch", "outputs", lambda: 0.0)], "pass")):
+        proof = types.SimpleNamespace(CASES=[{}], ORACLES=[*others, absent])
+        monkeypatch.setattr(conformance_proofs, "proof_of", lambda subject, proof=proof: proof)
+        found = CHECKS["equals_oracles"](subject("linear"))
+        assert found.status == status and said in found.detail
 
-    proof = types.SimpleNamespace(CASES=[{}], ORACLES=[Oracle("package 1.0", "outputs", missing)])
+
+def test_an_oracle_that_has_lost_a_name_fails(monkeypatch):
+    def moved():
+        from models.linear import nothing_of_that_name  # noqa: F401
+
+    proof = types.SimpleNamespace(CASES=[{}], ORACLES=[Oracle("torch", "outputs", moved)])
     monkeypatch.setattr(conformance_proofs, "proof_of", lambda subject: proof)
-    found = CHECKS["equals_oracles"](subject("linear"))
-    assert found.status == "n/a" and found.detail == "package 1.0 is not installed"
+    assert CHECKS["equals_oracles"](subject("linear")).status == "fail"
+
+
+def test_another_module_called_proofs_is_refused(monkeypatch, tmp_path):
+    other = types.ModuleType("proofs")
+    other.__file__ = str(tmp_path / "proofs.py")
+    monkeypatch.setitem(sys.modules, "proofs", other)
+    found = CHECKS["equals_reference"](subject("linear"))
+    assert found.status == "fail" and str(tmp_path) in found.detail
 
 
 def test_a_wheel_without_tests_has_no_proofs(monkeypatch):

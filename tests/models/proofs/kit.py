@@ -21,6 +21,19 @@ from torch import Tensor
 # x [l width] one row, real: its list of real positions, q, k, v [l d] of one head
 
 NORM_EPS = 1e-5
+PACKAGES = (
+    "transformers",
+    "performer-pytorch",
+    "linformer",
+    "nystrom-attention",
+    "local-attention",
+    "reformer-pytorch",
+    "routing-transformer",
+    "sinkhorn-transformer",
+    "FLASH-pytorch",
+    "fla-core",
+    "scipy",
+)
 
 
 @dataclass(frozen=True)
@@ -37,15 +50,22 @@ class Limit:
 
 @dataclass(frozen=True)
 class Oracle:
-    """An independent public implementation; `measure` gives the relative error, ImportError if not installed.
+    """An independent public implementation; `measure` gives the relative error.
 
-    `source` is the package with its version, `claim` what was compared and how weights came over.
+    `source` is the package with its version, `claim` what was compared and how weights came over. Those of
+    PACKAGES that the source names must be installed, and those in `packages`.
     """
 
     source: str
     claim: str
     measure: Callable[[], float]
     tolerance: float = 1e-9
+    packages: tuple[str, ...] = ()
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Distributions without which it cannot be measured."""
+        return tuple(dict.fromkeys([*(n for n in PACKAGES if n in self.source), *self.packages]))
 
 
 def distance(expected: Tensor, found: Tensor) -> float:
