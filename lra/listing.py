@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lra import config, registry, tasks
+from lra.schema import ModelConfig
 
 
 def listing(what: str, *, leaks: bool = False) -> list[dict[str, Any]]:
@@ -24,8 +25,9 @@ def _models(*, leaks: bool) -> list[dict[str, Any]]:
         cls = models.get(name)
         about = (importlib.import_module(cls.__module__).__doc__ or "").strip().splitlines()[0]
         kind = "block" if issubclass(cls, models.Block) else "mixer"
-        row = {"name": name, "kind": kind, "packed": cls.traits.packed, "about": about}
-        row["exceptions"] = cls.traits.exceptions()
+        traits = registry.traits(ModelConfig(name))  # of an instance: options may change those of the class
+        row = {"name": name, "kind": kind, "packed": traits.packed, "about": about}
+        row["exceptions"] = traits.exceptions()
         if leaks:
             from lra.conformance import leaks as measure_leaks
 
