@@ -136,7 +136,7 @@ def traits(model):
             models.Place(
                 d_model=backbone.d_model,
                 num_heads=backbone.num_heads,
-                max_len=64,
+                max_len=1024,
                 num_layers=backbone.num_layers,
                 d_head=backbone.d_head,
             ),

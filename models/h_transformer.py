@@ -7,8 +7,8 @@ Computes out_i = sum_j w_ij v_j / sum_j w_ij,  w_ij = exp(q~_i . k~_j / sqrt(d))
 Cost     time and memory O(L block_size D) per head
 Exact    if length <= 2 * block_size, or if tokens are alike within each mean
 Padding  means are over real tokens, and a mean counts as many times as it has real tokens
-Differs  averages are of projected queries and keys (authors' code: of the inputs, which is the same but for
-         padding and rotary positions); no relative position bias (authors' code: on by default)
+Differs  padding is left out after the projections (authors' code: zeroed before them, so that their biases
+         stay in the values of padding); no relative position bias (authors' code: on by default)
 """
 # b batch, h heads, l length, n blocks, c block_size, d head dim, 3c own block with both neighbours
 

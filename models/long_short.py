@@ -14,6 +14,8 @@ Differs  [CLS] is a token like the others (released code: a global token that is
 """
 # b batch, h heads, l length, d head dim, r landmarks, n segments, c tokens of a segment, m keys it sees
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,6 +30,8 @@ from models.common import (
     register,
     rotate,
 )
+
+EPS = 1e-5  # torch's own
 
 
 def long_short_attention(
@@ -56,8 +60,8 @@ def long_short_attention(
         k_near, v_near = across_heads(norm_near, k, v)
         scores, num_far = [], 0
         if projection is not None:
-            (logits,) = at_least_fp32(projection.mT)
-            weights = masked_softmax(logits, None if mask is None else mask[:, None, None, :])  # [b h r l]
+            real = None if mask is None else mask[:, None, None, :]
+            weights = masked_softmax(projection.mT, real)  # [b h r l]
             far = (k_near, v_near) if norm_before_projection else (k, v)
             k_far, v_far = across_heads(norm_far, *(weights @ x for x in far))  # [b h r d]
             scores, num_far = [q @ k_far.mT], k_far.shape[-2]
@@ -106,15 +110,17 @@ class LongShort(Mixer):
         window: int = 8,
         dual_norm: bool = True,
         norm_before_projection: bool = False,
-        eps: float = 1e-5,
+        eps: float = EPS,
         attn_dropout: float = 0.0,
     ) -> None:
         super().__init__(place)
-        if num_landmarks < 0 or window < 0 or num_landmarks + window == 0 or eps <= 0:
+        if num_landmarks < 0 or window < 0 or num_landmarks + window == 0 or not 0 < eps < math.inf:
             raise ValueError(
-                "long_short needs num_landmarks >= 0 and window >= 0, not both 0, and eps > 0; got "
+                "long_short needs num_landmarks >= 0 and window >= 0, not both 0, and a finite eps > 0; got "
                 f"num_landmarks={num_landmarks}, window={window}, eps={eps}"
             )
+        if eps != EPS and not dual_norm:
+            raise ValueError(f"eps={eps} of long_short needs dual_norm=True: without it there is no norm")
         if norm_before_projection and not (dual_norm and num_landmarks):
             raise ValueError(
                 "norm_before_projection=True of long_short needs dual_norm=True and num_landmarks >= 1; got "

@@ -7,7 +7,11 @@ Cost     time O(L P D), memory O(L P) per head
 Exact    no; if Y_P were the sequence itself, the unpack step would be dense softmax attention
 Padding  padded keys get weight zero in the pack step; the unpack step sees slots alone
 Differs  projections start as those of the other mechanisms do (released code: Xavier, gain 1 / sqrt(2));
-         Y_P is projected to the model width where the heads together have another (paper: they never do)
+         Y_P is projected to the model width where the heads together have another (paper: they never do);
+         released code can give the pack step a number of heads of its own, hides slots past a row's number
+         of tokens by default (here `dynamic_projection`), has frequencies 10000^(-2i / (d_model - 2)) for P
+         (here -2i / d_model), and leaves P without scale and positions where those of the tokens are
+         learned (here `sinusoidal=False`, whatever the tokens have)
 """
 # b batch, h heads, l length, m queries, n keys, p slots, d head dim
 
@@ -18,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.common import Block, Place, Traits, masked_softmax, register
+from models.common import Block, Place, Traits, at_least_fp32, full_precision, masked_softmax, register
 from models.layers import FeedForward, make_norm
 
 
@@ -37,7 +41,9 @@ def luna_attention(
     given, mask: [b n] bool, True = real key -> [b m h*d], zeros for a row without real keys.
     """
     q, k, v = (x.unflatten(-1, (num_heads, -1)) for x in (x_q, x_kv, x_kv if values is None else values))
-    scores = torch.einsum("bmhd,bnhd->bhmn", q * q.shape[-1] ** -0.5, k)
+    q, k = at_least_fp32(q, k)
+    with full_precision(q):
+        scores = torch.einsum("bmhd,bnhd->bhmn", q * q.shape[-1] ** -0.5, k)
     weights = masked_softmax(scores, None if mask is None else mask[:, None, None, :]).to(v.dtype)
     return torch.einsum("bhmn,bnhd->bmhd", F.dropout(weights, dropout), v).flatten(2)
 
@@ -54,8 +60,9 @@ def sinusoids(length: int, width: int) -> Tensor:
 class Luna(Block):
     """A whole layer around two `luna_attention` steps; its carry is P [b p d_model], None from the last one.
 
-    `sinusoidal` adds positions to the first P. `dynamic_projection` hides from the unpack step the slots past
-    a row's number of real tokens, as the released encoder does. `d_ff` None means 4 * d_model.
+    `sinusoidal` multiplies the first P by sqrt(d_model) and adds positions to it. `dynamic_projection` hides
+    from the unpack step the slots past a row's number of real tokens, as the released encoder does. `d_ff`
+    None means 4 * d_model.
     """
 
     traits = Traits()

@@ -8,12 +8,16 @@ Cost     time and memory O(L block_size D + (L / block_size)^2) per head
 Exact    if length <= block_size
 Padding  sums are over real tokens, R is over blocks that have any; place t of a sorted block is the mean of
          the real tokens at place t of the blocks, weighed by R, and counts by the share of R that they have
-Differs  a last block may be partly padding; one linear layer sorts, with weights per head (benchmark's code:
-         for all heads); what that code does is sort="sum", or "softmax" as it was meant, with strided and
-         separate, and a padding mask cut into other blocks than the tokens, which is not here
+Differs  a last block may be partly padding; own and sorted keys stand side by side in one softmax, as in the
+         package sinkhorn-transformer (section 3.2 can be read as scores added place by place); Z sums keys,
+         as the benchmark's code does (paper: inputs), but not those of padding, as that code does; one linear
+         layer sorts, with weights per head (benchmark's code: for all heads); what that code does is
+         sort="sum", or "softmax" as it was meant, with strided and separate, and a padding mask cut into
+         other blocks than the tokens, which is not here
 """
 # b batch, h heads, l length, d head dim, n blocks, c tokens of a block
 
+import math
 from dataclasses import replace
 
 import torch
@@ -24,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from models.common import Mixer, Place, Traits, at_least_fp32, full_precision, masked_softmax, register
 
 SORTS = ("sinkhorn", "softmax", "sum")
+TEMPERATURE, NUM_ITERATIONS = 0.75, 5
 TINY = 1e-30  # a share of real tokens below it is none
 
 
@@ -37,8 +42,8 @@ def sinkhorn_attention(
     sort: str = "sinkhorn",
     weight: Tensor | None = None,
     bias: Tensor | None = None,
-    temperature: float = 0.75,
-    num_iterations: int = 5,
+    temperature: float = TEMPERATURE,
+    num_iterations: int = NUM_ITERATIONS,
     noise: bool = False,
     strided: bool = False,
     separate: bool = False,
@@ -46,8 +51,15 @@ def sinkhorn_attention(
 ) -> Tensor:
     """q, k, v: [b h l d], mask: [b l] bool, sorting net: weight [h d m], bias [h m], m >= n -> [b h l d].
 
-    `strided` takes every n-th token into a block, `separate` adds the results of two softmaxes.
+    `strided` takes every n-th token into a block, `separate` adds the results of two softmaxes. ValueError if
+    n > m: the sorting net has no output for the last blocks.
     """
+    num_blocks = -(-q.shape[-2] // block_size)
+    if sort != "sum" and num_blocks > weight.shape[-1]:
+        raise ValueError(
+            f"the sorting net of sinkhorn was built for at most {weight.shape[-1]} blocks of {block_size} "
+            f"tokens and got {num_blocks}; raise max_len or max_num_blocks, or shorten the input"
+        )
     dtype, length = v.dtype, v.shape[-2]
     q, k, v = at_least_fp32(q * q.shape[-1] ** -0.5, k, v)
     real = v.new_ones(1, length) if mask is None else mask.to(v.dtype)
@@ -57,8 +69,8 @@ def sinkhorn_attention(
     with full_precision(v):
         order = None
         if sort != "sum":
-            logits = torch.einsum("bhnd,hdm->bhnm", k.sum(dim=-2), weight[..., : k.shape[2]].to(k.dtype))
-            logits = logits if bias is None else logits + bias[:, None, : k.shape[2]]
+            logits = torch.einsum("bhnd,hdm->bhnm", k.sum(dim=-2), weight[..., :num_blocks].to(k.dtype))
+            logits = logits if bias is None else logits + bias[:, None, :num_blocks]
             if sort == "softmax":
                 order = masked_softmax(logits, used[:, None, None, :]) * used[:, None, :, None]
             else:
@@ -147,8 +159,8 @@ class Sinkhorn(Mixer):
         block_size: int = 64,
         max_num_blocks: int | None = None,
         sort: str = "sinkhorn",
-        temperature: float = 0.75,
-        num_iterations: int = 5,
+        temperature: float = TEMPERATURE,
+        num_iterations: int = NUM_ITERATIONS,
         strided: bool = False,
         separate: bool = False,
         attn_dropout: float = 0.0,
@@ -156,10 +168,19 @@ class Sinkhorn(Mixer):
         super().__init__(place)
         if sort not in SORTS:
             raise ValueError(f"unknown sort '{sort}' for sinkhorn; choose from: {', '.join(SORTS)}")
-        if block_size < 1 or temperature <= 0 or num_iterations < 1:
+        if block_size < 1 or not 0 < temperature < math.inf or num_iterations < 1:
             raise ValueError(
-                "sinkhorn needs block_size >= 1, temperature > 0 and num_iterations >= 1; got "
+                "sinkhorn needs block_size >= 1, a finite temperature > 0 and num_iterations >= 1; got "
                 f"block_size={block_size}, temperature={temperature}, num_iterations={num_iterations}"
+            )
+        if sort != "sinkhorn" and (temperature, num_iterations) != (TEMPERATURE, NUM_ITERATIONS):
+            raise ValueError(
+                "temperature and num_iterations of sinkhorn need sort='sinkhorn'; got "
+                f"sort='{sort}', temperature={temperature}, num_iterations={num_iterations}"
+            )
+        if sort == "sum" and max_num_blocks is not None:
+            raise ValueError(
+                f"max_num_blocks={max_num_blocks} of sinkhorn needs a sorting net, which sort='sum' has not"
             )
         needed = -(-place.max_len // block_size)
         if max_num_blocks is not None and max_num_blocks < needed:

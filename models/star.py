@@ -42,11 +42,10 @@ def ring_attention(
     keys, values = (
         (*around(x, mask), *at_least_fp32(e, s)) for x, e, s in zip((k, v), inputs, relay, strict=True)
     )
-    with full_precision(v):
-        scores = torch.stack([(q * key).sum(dim=-1) for key in keys], dim=-1)  # [b l h 5]
-        weights = F.dropout(scores.softmax(dim=-1), dropout).unsqueeze(-2).unbind(-1)  # five of [b l h 1]
-        mixed = sum(weight * value for weight, value in zip(weights, values, strict=True))
-    return mixed.to(dtype)
+    # Autocast leaves products of elements as they are: full_precision would change nothing here.
+    scores = torch.stack([(q * key).sum(dim=-1) for key in keys], dim=-1)  # [b l h 5]
+    weights = F.dropout(scores.softmax(dim=-1), dropout).unsqueeze(-2).unbind(-1)  # five of [b l h 1]
+    return sum(weight * value for weight, value in zip(weights, values, strict=True)).to(dtype)
 
 
 def around(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,9 +75,12 @@ def relay_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, dropout: float = 0.0
 ) -> Tensor:
     """q: [b h d], k, v: [b l h d], mask: [b l] bool, True = real key -> [b h d]."""
-    scores = torch.einsum("bhd,blhd->bhl", q * q.shape[-1] ** -0.5, k)
-    weights = masked_softmax(scores, None if mask is None else mask[:, None]).to(v.dtype)
-    return torch.einsum("bhl,blhd->bhd", F.dropout(weights, dropout), v)
+    dtype = v.dtype
+    q, k, v = at_least_fp32(q * q.shape[-1] ** -0.5, k, v)
+    with full_precision(v):
+        scores = torch.einsum("bhd,blhd->bhl", q, k)
+        weights = masked_softmax(scores, None if mask is None else mask[:, None])
+        return torch.einsum("bhl,blhd->bhd", F.dropout(weights, dropout), v).to(dtype)
 
 
 @register("star")

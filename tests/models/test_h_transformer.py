@@ -69,6 +69,39 @@ def test_scores_far_apart_stay_finite_in_float32():
     torch.testing.assert_close(peaked, expected, rtol=0, atol=1e-3)  # scores of 1e4 keep three digits
 
 
+def test_dropout_leaves_the_normaliser_whole():
+    """Of three equal weights a third each is dropped or doubled: sums of 0, 2/3, 4/3 or 2, one on average."""
+    q, v = torch.zeros(4000, 1, 3, 2), torch.ones(4000, 1, 3, 2)
+    found = hierarchical_attention(q, q, v, block_size=4, dropout=0.5)
+    torch.testing.assert_close(found * 1.5, (found * 1.5).round(), rtol=0, atol=1e-5)
+    assert found.mean().item() == pytest.approx(1.0, abs=0.03)  # five standard errors
+
+
+def test_dropout_changes_no_mean_at_any_level():
+    q, k, v = (x[:1, :1] for x in qkv(20))
+    many = (x.expand(10_000, 1, 20, 8) for x in (q, k, v))
+    found = hierarchical_attention(*many, block_size=2, dropout=0.3)
+    expected = hierarchical_attention(q, k, v, block_size=2)[0]
+    error = (found.mean(dim=0) - expected).abs() / (found.std(dim=0) / 100)
+    assert error.max() < 5  # standard errors
+
+
+def test_dropout_acts_at_every_level():
+    q, k, v = qkv()
+    assert not hierarchical_attention(q, k, v, block_size=4, dropout=1.0).any()
+
+
+def test_scores_past_the_range_of_float16_stay_finite():
+    q, k, v = (1000 * x.half() for x in qkv())
+    out = hierarchical_attention(q, k, v, block_size=4)
+    assert out.dtype == torch.float16 and out.isfinite().all()
+
+
+def test_state_is_keys_and_values_of_all_levels():
+    module = build("h_transformer", Place(d_model=16, num_heads=2, max_len=64), block_size=4)
+    assert module.state_size(64) == 2 * (64 + 32 + 16 + 8) * 16
+
+
 def test_row_without_real_keys_gives_zeros_and_finite_gradients():
     q, k, v = (x.float().requires_grad_() for x in qkv())
     out = hierarchical_attention(q, k, v, torch.tensor([[True] * 64, [False] * 64]), block_size=4)

@@ -83,6 +83,7 @@ def test_a_bias_of_the_projection_would_cancel():
     projection = torch.randn(2, 2, 24, 3, dtype=torch.float64)
     found = long_short_attention(q, k, v, projection + torch.randn(3).double(), window=4)
     torch.testing.assert_close(found, long_short_attention(q, k, v, projection, window=4), **EXACT)
+    assert layer().projection.bias is None
 
 
 @pytest.mark.parametrize(
@@ -99,9 +100,40 @@ def test_parameters_that_nothing_would_read_are_not_there(own, missing):
     assert {n for n in ("projection", "norm_near", "norm_far") if getattr(module, n) is None} == missing
 
 
+def test_both_norms_get_eps():
+    module = build("long_short", PLACE, eps=0.01)
+    assert module.norm_near.eps == module.norm_far.eps == 0.01
+
+
 def test_without_a_window_tokens_have_no_order():
     assert not build("long_short", PLACE, window=0).traits.uses_order
     assert build("long_short", PLACE).traits.uses_order
+
+
+def test_autocast_leaves_weights_and_sums_in_float32():
+    q, k, v = (x.float() for x in qkv())
+    projection = 3 * torch.randn(2, 2, 24, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = long_short_attention(q, k, v, projection, window=4)
+    expected = long_short_attention(q, k, v, projection, window=4)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_state_is_landmarks_and_the_nearby_tokens_of_one_segment():
+    module = layer(num_landmarks=3, window=6)
+    assert module.state_size(60) == 2 * (3 + 6 + 2 * 3) * 16
+    assert module.state_size(5) == 2 * (3 + 5) * 16
+    assert layer(num_landmarks=3, window=0).state_size(60) == 2 * 3 * 16
+
+
+@pytest.mark.parametrize("num_landmarks", [0, 2])
+def test_row_without_real_tokens_gives_zeros_whatever_its_norms_add(num_landmarks):
+    q, k, v = qkv()
+    norms = layer(num_landmarks=2).norm_near, layer(num_landmarks=2).norm_far
+    projection = torch.randn(2, 2, 24, 2).double() if num_landmarks else None
+    mask = torch.tensor([[True] * 24, [False] * 24])
+    options = {"window": 4, "norm_near": norms[0], "norm_far": norms[1]}
+    assert not long_short_attention(q, k, v, projection, mask, **options)[1].any()
 
 
 @pytest.mark.parametrize("window", [0, 3])
@@ -133,6 +165,9 @@ def test_gradcheck():
         ({"num_landmarks": -1}, "num_landmarks=-1"),
         ({"window": -2}, "window=-2"),
         ({"eps": 0.0}, "eps=0.0"),
+        ({"eps": float("nan")}, "finite eps > 0; got .*eps=nan"),
+        ({"eps": float("inf")}, "eps=inf"),
+        ({"eps": 1e-2, "dual_norm": False}, "eps=0.01 of long_short needs dual_norm=True"),
         ({"norm_before_projection": True, "dual_norm": False}, "needs dual_norm=True"),
         ({"norm_before_projection": True, "num_landmarks": 0}, "num_landmarks >= 1"),
     ],

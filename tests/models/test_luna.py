@@ -1,5 +1,7 @@
 """Luna: its slots, its carry and its options."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -82,6 +84,42 @@ def test_batch_norm_counts_real_tokens_only():
     torch.testing.assert_close(found[mask], poisoned[mask], **EXACT)
 
 
+def test_norm_stats_all_count_padding_too():
+    luna, (x, mask) = layer(norm="batch", norm_stats="all").train(), inputs()
+    p = luna.init_carry(2)
+    found, poisoned = (luna(t, mask, p)[0][mask] for t in (x, x.masked_fill(~mask[..., None], 50.0)))
+    assert (found - poisoned).abs().max() > 0.1
+
+
+def test_scores_past_the_range_of_float16_stay_finite():
+    q, kv = (1000 * torch.randn(2, n, 32).half() for n in (5, 40))
+    out = luna_attention(q, kv, num_heads=2)
+    assert out.dtype == torch.float16 and out.isfinite().all()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_is_accurate_over_4096_keys(autocast):
+    q, k, v = (s * torch.randn(2, n, 32).bfloat16() for s, n in ((3, 16), (3, 4096), (1, 4096)))
+    attend = partial(luna_attention, num_heads=2)
+    expected = attend(q.double(), k.double(), values=v.double())
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = attend(q.float(), k.float(), values=v.float()) if autocast else attend(q, k, values=v)
+    error = (found - expected).square().mean() / expected.square().mean()
+    assert error.sqrt() < 1e-2  # 2e-3; of scores in bfloat16 2e-2
+
+
+def test_sizes_follow_from_the_arguments():
+    assert build("luna", Place(**SIZES)).ff.up.out_features == 4 * 16
+    assert layer().state_size(13) == 5 * 16
+    assert layer(tie_kv=False).state_size(13) == 2 * 5 * 16
+
+
+def test_slots_start_with_deviation_of_one_over_the_square_root_of_the_width():
+    assert layer(proj_len=4000).slots.std().item() == pytest.approx(
+        16**-0.5, rel=0.02
+    )  # seven standard errors
+
+
 def test_heads_of_another_width_are_projected_back():
     place = Place(d_head=6, **SIZES)
     luna, (x, mask) = build("luna", place).double(), inputs()
@@ -96,6 +134,20 @@ def test_each_dropout_acts_in_training_only(which):
     assert not torch.equal(run(), run())
     luna.eval()
     assert torch.equal(run(), run())
+
+
+def test_each_row_drops_elements_of_the_first_slots_of_its_own():
+    first, second = layer(dropout=0.5).train().init_carry(2)
+    assert not torch.equal(first == 0, second == 0)
+
+
+@pytest.mark.parametrize("prenorm", [False, True])
+def test_where_all_is_dropped_x_and_p_are_their_residuals(prenorm):
+    luna, (x, mask) = layer(dropout=1.0, prenorm=prenorm).train(), inputs()
+    p = torch.randn(2, 5, 16, dtype=torch.float64)
+    found, carry = luna(x, mask, p)
+    expected = (x, p) if prenorm else (luna.norm_ff(luna.norm_x(x)), luna.norm_p(p))
+    torch.testing.assert_close((found, carry), expected, **EXACT)
 
 
 def test_no_slots_are_refused():

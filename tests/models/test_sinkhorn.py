@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models import Place, build
+from models import Place, build, sinkhorn
 from models.common import dense_attention
 from models.sinkhorn import attend_in_blocks, balanced, gumbel, in_blocks, sinkhorn_attention
 
@@ -107,6 +107,56 @@ def test_noise_is_gumbels():
     assert draws.isfinite().all()
 
 
+def test_r_of_training_is_of_logits_plus_noise_over_the_temperature(monkeypatch):
+    q, k, v = qkv()
+    weights, noise = net(4), torch.randn(2, 2, 4, 4, dtype=torch.float64)
+    monkeypatch.setattr(sinkhorn, "gumbel", lambda like: noise[: like.shape[0], : like.shape[1]])
+    options = {"block_size": 6, "temperature": 0.4, "num_iterations": 3, "noise": True}
+    found = sinkhorn_attention(q, k, v, **options, **weights)
+    blocks = [in_blocks(x, 6, False) for x in (q / 8**0.5, k, v)]
+    logits = blocks[1].sum(dim=3) @ weights["weight"] + weights["bias"][:, None]
+    order = ((logits + noise) / 0.4).exp()
+    for _ in range(3):
+        order = order / order.sum(dim=-1, keepdim=True)
+        order = order / order.sum(dim=-2, keepdim=True)
+    expected = attend_in_blocks(*blocks, torch.ones(2, 4, 6).double(), order).flatten(2, 3)
+    torch.testing.assert_close(found, expected, **EXACT)
+
+
+def test_iterations_keep_nothing_for_the_backward_pass():
+    q, k, v = (x.requires_grad_() for x in qkv())
+    saved = []
+    for num_iterations in (2, 20):
+        kept = {}
+        keep = lambda x, kept=kept: kept.setdefault(id(x), x)  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            sinkhorn_attention(q, k, v, block_size=2, num_iterations=num_iterations, **net(12))
+        saved.append(sum(x.numel() for x in kept.values()))
+    assert saved[0] == saved[1] > 0
+
+
+def test_the_sorting_network_starts_as_a_linear_map_of_torch():
+    module = build("sinkhorn", Place(d_model=128, num_heads=2, max_len=640))
+    for parameter in (module.sort_weight, module.sort_bias):
+        assert 0.8 * 64**-0.5 < parameter.abs().max() <= 64**-0.5
+
+
+def test_state_is_a_block_and_a_sorted_one_of_keys_and_of_values():
+    assert build("sinkhorn", PLACE, block_size=8).state_size(60) == (2 + 2) * 8 * 16
+
+
+@pytest.mark.parametrize("sort", ["sinkhorn", "softmax"])
+def test_more_blocks_than_the_sorting_network_has_are_refused(sort):
+    module = build("sinkhorn", PLACE, block_size=10, sort=sort)
+    module(torch.randn(1, 60, 16))
+    with pytest.raises(ValueError, match="at most 6 blocks of 10 tokens and got 7; raise max_len or max_num"):
+        module(torch.randn(1, 61, 16))
+    module = build("sinkhorn", PLACE, block_size=60, sort=sort)  # one block, whose output would be spread
+    with pytest.raises(ValueError, match="at most 1 blocks"):
+        module(torch.randn(1, 61, 16))
+    build("sinkhorn", PLACE, block_size=10, sort="sum")(torch.randn(1, 70, 16))
+
+
 def test_noise_is_drawn_in_training_alone_and_moves_outputs():
     module, x = build("sinkhorn", PLACE, block_size=8), torch.randn(2, 60, 16)
     assert torch.equal(module.eval()(x), module(x))
@@ -173,6 +223,14 @@ def test_options_change_the_claims(own, trait):
     [
         ({"block_size": 0}, "block_size=0"),
         ({"temperature": 0.0}, "temperature=0.0"),
+        ({"temperature": float("nan")}, "finite temperature > 0.*temperature=nan"),
+        ({"temperature": float("inf")}, "temperature=inf"),
+        (
+            {"sort": "softmax", "temperature": 3.0},
+            "need sort='sinkhorn'; got sort='softmax', temperature=3.0",
+        ),
+        ({"sort": "sum", "num_iterations": 9}, "got sort='sum', temperature=0.75, num_iterations=9"),
+        ({"sort": "sum", "max_num_blocks": 25}, "max_num_blocks=25 of sinkhorn needs a sorting net"),
         ({"num_iterations": 0}, "num_iterations=0"),
         ({"sort": "sinkhrn"}, "choose from: sinkhorn, softmax, sum"),
         ({"block_size": 10, "max_num_blocks": 5}, "max_num_blocks >= 6.*max_len=60; got 5"),

@@ -95,6 +95,49 @@ def test_relay_has_no_parameter_that_nothing_reads(num_layers, num_cycles, there
     assert all(p.grad is not None for star in layers for p in star.parameters())
 
 
+def test_relay_starts_before_any_token_is_dropped():
+    star, x = layer(num_layers=1, dropout=1.0).train(), inputs()  # of the inputs the relay alone knows
+    assert (star(x, None, None)[0] - star(2 * x, None, None)[0]).abs().max() > 1e-3
+
+
+def test_attention_dropout_acts_in_the_relay_too():
+    star, x = layer(num_cycles=1, attn_dropout=1.0).train(), inputs()
+    _, relay = star(x, None, None)
+    alone = star.relay_norm(star.relay_out.bias.relu())
+    torch.testing.assert_close(relay, alone.expand(2, 16), **EXACT)
+
+
+def test_scores_past_the_range_of_float16_stay_finite():
+    q, k, v = 1000 * torch.randn(3, 2, 40, 2, 16).half()
+    relay = k[:, :1], v[:, :1]
+    mask = torch.rand(2, 40) < 0.6
+    for out in (ring_attention(q, k, v, (k, v), relay, mask), relay_attention(q[:, 0], k, v, mask)):
+        assert out.dtype == torch.float16 and out.isfinite().all()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_relay_is_accurate_over_4096_tokens(autocast):
+    q, k, v = (s * torch.randn(2, 4096, 2, 16).bfloat16() for s in (3, 3, 1))
+    expected = relay_attention(q[:, 0].double(), k.double(), v.double())
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = relay_attention(*(x.float() if autocast else x for x in (q[:, 0], k, v)))
+    error = (found - expected).square().mean() / expected.square().mean()
+    assert error.sqrt() < 1e-2  # 2e-3; of scores in bfloat16 2e-2
+
+
+def test_a_sum_of_tokens_past_the_range_of_float16_still_has_its_mean():
+    x, mask = torch.full((1, 4096, 16), 40.0).half(), torch.ones(1, 4096, dtype=torch.bool)
+    assert torch.equal(layer().half().first_relay(x, mask), x[:, 0])
+
+
+@pytest.mark.parametrize("stats", ["real", "all"])
+def test_norm_stats_say_whether_padding_counts(stats):
+    star, x = layer(num_layers=1, norm="batch", norm_stats=stats).train(), inputs()
+    mask = torch.arange(13) < torch.tensor([13, 4])[:, None]
+    found, poisoned = (star(t, mask, None)[0][mask] for t in (x, x.masked_fill(~mask[..., None], 50.0)))
+    assert ((found - poisoned).abs().max() > 0.1) == (stats == "all")
+
+
 def test_row_without_real_tokens_gives_finite_outputs_and_gradients():
     x, mask = inputs().requires_grad_(), torch.tensor([[True] * 13, [False] * 13])
     star = layer(num_layers=1, num_cycles=2)
