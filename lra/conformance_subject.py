@@ -153,7 +153,7 @@ class Subject:
     def traits(self) -> Traits:
         """The claims of an instance: options may change those of the class."""
         with quiet_seed(self.device):
-            return self.probe(max_len=8).first.traits
+            return self.probe().first.traits
 
     def repeatable(self) -> AbstractContextManager[None]:
         """Inside, equal calls give equal bits: on a CPU anyway, on a GPU with deterministic algorithms."""

@@ -6,6 +6,7 @@ Computes window   out_i = sum_{|i - j| <= w // 2} softmax_j(q_i . k_j / sqrt(d))
                   s_ij = (A q_i) . (B k_j) / sqrt(f),   A, B: d to f = 16 for each head
          mode=alternate   window in layers 0, 2, ..., taylor in layers 1, 3, ...
          mode=parallel    the sum of both in every layer
+         A model of one layer alternates between nothing: it is a window
 Cost     time O(L w D + L f^2 D), memory O(L w + L D) per head
 Exact    if mode=alternate, in layers 0, 2, ... and window >= 2 * length
 Padding  padded keys get weight zero in both; a row without real ones: 0
@@ -21,6 +22,7 @@ from models.local import local_attention, local_attention_packed
 from models.taylor import narrowed, projection, taylor_attention, taylor_attention_packed
 
 MODES = ("alternate", "parallel")
+D_FEATURE = 16
 
 
 @register("based")
@@ -34,16 +36,23 @@ class Based(Mixer):
         place: Place,
         *,
         mode: str = "alternate",
-        d_feature: int = 16,
+        d_feature: int = D_FEATURE,
         window: int = 128,
         attn_dropout: float = 0.0,
     ) -> None:
         super().__init__(place)
         if mode not in MODES:
             raise ValueError(f"unknown mode '{mode}' for based; choose from: {', '.join(MODES)}")
-        if d_feature < 1 or window < 1:
+        whole = isinstance(d_feature, int) and isinstance(window, int)
+        if not whole or d_feature < 1 or window < 1:
             raise ValueError(
-                f"based needs d_feature >= 1 and window >= 1; got d_feature={d_feature}, window={window}"
+                "based needs d_feature >= 1 and window >= 1, whole numbers; "
+                f"got d_feature={d_feature}, window={window}"
+            )
+        if mode == "alternate" and place.num_layers == 1 and d_feature != D_FEATURE:
+            raise ValueError(
+                "based has no Taylor layer with mode=alternate in a model of one layer; got "
+                f"d_feature={d_feature}, leave it out or set mode=parallel"
             )
         self.mode, self.d_feature, self.window = mode, d_feature, window
         self.looks_near = mode == "parallel" or place.layer_index % 2 == 0
@@ -51,8 +60,9 @@ class Based(Mixer):
         self.attn_dropout = nn.Dropout(attn_dropout)
         if self.looks_far:
             self.query_projection, self.key_projection = (projection(place, d_feature) for _ in range(2))
-        if not self.looks_near:
-            self.traits = self.traits.but("Taylor attention alone has no order", uses_order=False)
+        if not self.looks_near or not 0 < window // 2 < place.max_len - 1:
+            reason = "without a window that cuts something off there is no order"
+            self.traits = self.traits.but(reason, uses_order=False)
 
     @property
     def near(self) -> dict:

@@ -28,10 +28,20 @@ def reweighted(x: Tensor, positions: Tensor, period: int) -> Tensor:
     return torch.cat([x * angle.cos().to(x.dtype), x * angle.sin().to(x.dtype)], dim=-1)
 
 
+def check_length(length: int, period: int) -> None:
+    """ValueError if tokens may be further apart than the period: weights would be negative."""
+    if length > period:
+        raise ValueError(
+            f"cosformer was built for at most {period} positions and got {length}; "
+            "raise max_len or shorten the input"
+        )
+
+
 def cosine_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, period: int, eps: float = 1e-6
 ) -> Tensor:
     """q, k: [b h l d], v: [b h l e], mask: [b l] bool, True = real; period (M) >= l -> [b h l e]."""
+    check_length(q.shape[-2], period)
     dtype = v.dtype
     q, k, v = at_least_fp32(q, k, v)
     positions = torch.arange(q.shape[-2], device=q.device)
@@ -44,6 +54,7 @@ def cosine_attention_packed(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, *, period: int, eps: float = 1e-6
 ) -> Tensor:
     """`cosine_attention` within each packed sequence. q, k: [t h d], v: [t h e] -> [t h e]."""
+    check_length(max_len, period)
     dtype = v.dtype
     q, k, v = at_least_fp32(q, k, v)
     positions = Segments.of(cu_seqlens, q.shape[0]).position
@@ -61,7 +72,7 @@ class CosFormer(Mixer):
         self, place: Place, *, eps: float = 1e-6, padded_period: bool = False, use_mask: bool = True
     ) -> None:
         super().__init__(place)
-        if eps <= 0:
+        if not 0 < eps < math.inf:
             raise ValueError(f"cosformer needs eps > 0, got {eps}")
         self.eps, self.padded_period, self.use_mask = eps, padded_period, use_mask
         if padded_period:

@@ -74,8 +74,8 @@ class External(Mixer):
 
     def __init__(self, place: Place, *, num_slots: int = 64, attn_dropout: float = 0.0) -> None:
         super().__init__(place, projections=False)
-        if num_slots < 1:
-            raise ValueError(f"external needs num_slots >= 1, got {num_slots}")
+        if not isinstance(num_slots, int) or num_slots < 1:
+            raise ValueError(f"external needs num_slots >= 1, whole, got {num_slots}")
         self.num_slots = num_slots
         inner = place.num_heads * place.head_dim
         self.query = nn.Linear(place.d_model, inner, bias=place.bias)

@@ -16,7 +16,6 @@ Differs  samples are decided by sample_seed, layer and training step, and fixed 
 # b batch, h heads, l length, s samples, u chosen queries, d head dim
 
 import math
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +25,7 @@ from models.common import Mixer, Place, Traits, at_least_fp32, full_precision, r
 from models.landmarks import Draw, real_positions
 
 AT_ONCE = 8  # samples
+FACTOR = 5
 
 
 def budget(length: int, factor: int) -> int:
@@ -111,7 +111,7 @@ def informer_attention(
     mask: Tensor | None = None,
     *,
     numbers: Tensor,
-    factor: int = 5,
+    factor: int = FACTOR,
     mean_over_length: bool = False,
     dropout: float = 0.0,
     choose_by: tuple[Tensor, Tensor] | None = None,
@@ -142,7 +142,7 @@ class Informer(Mixer):
         self,
         place: Place,
         *,
-        factor: int = 5,
+        factor: int = FACTOR,
         target: int | None = None,
         mean_over_length: bool = False,
         use_mask: bool = True,
@@ -150,10 +150,15 @@ class Informer(Mixer):
         attn_dropout: float = 0.0,
     ) -> None:
         super().__init__(place)
-        if factor < 1 or (target is not None and target < 1):
+        whole = all(isinstance(n, int) for n in (factor, 1 if target is None else target, sample_seed))
+        if not whole or factor < 1 or (target is not None and target < 1):
             raise ValueError(
-                "informer needs factor >= 1 and target >= 1 or null (factor as given); "
-                f"got factor={factor}, target={target}"
+                "informer needs factor >= 1 and target >= 1 or null (factor as given), whole numbers; "
+                f"got factor={factor}, target={target}, sample_seed={sample_seed}"
+            )
+        if target is not None and factor != FACTOR:
+            raise ValueError(
+                f"informer computes the factor from target; got factor={factor} and target={target}"
             )
         self.factor = factor if target is None else math.ceil(target / math.log(max(2, place.max_len)))
         self.mean_over_length, self.use_mask = mean_over_length, use_mask
@@ -161,10 +166,9 @@ class Informer(Mixer):
         self.draw = Draw(sample_seed, place.layer_index)
         if not use_mask:
             reason = "use_mask=False: padding is sampled, chosen and averaged like tokens"
-            because = dict.fromkeys(("content_invariant", "length_invariant"), reason)
-            self.traits = replace(
-                self.traits, content_invariant=False, length_invariant=False, because=because
-            )
+            self.traits = self.traits.but(reason, content_invariant=False, length_invariant=False)
+        if all(budget(n, self.factor) == n for n in range(1, place.max_len + 1)):
+            self.traits = self.traits.but("every query is chosen at every length", uses_order=False)
 
     def training_update(self, step: int) -> None:
         self.draw.advance(step)

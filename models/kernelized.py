@@ -5,7 +5,8 @@ Computes out_i = sum_j exp(-|q_i' - k_j'|^2 / 2) v_j   with   x' = x / d^(1/4)
 Cost     time O(L^2 D), memory O(L^2) per head
 Exact    no; divided by the sum of its weights it is softmax attention if all keys are equally long
 Padding  padded keys get weight zero; queries and keys at padding are zeroed first
-Differs  no; `scale_width` puts another width in the place of d (Skyformer's code: always 32)
+Differs  no; `scale_width` puts another width in the place of d (the released code has d here, and 32 whatever
+         the head in Skyformer alone)
 """
 # b batch, h heads, l length, d head dim
 
@@ -47,9 +48,9 @@ class Kernelized(Mixer):
 
     def __init__(self, place: Place, *, scale_width: int | None = None, attn_dropout: float = 0.0) -> None:
         super().__init__(place)
-        if scale_width is not None and scale_width < 1:
+        if scale_width is not None and not (isinstance(scale_width, int) and scale_width >= 1):
             raise ValueError(
-                f"kernelized needs scale_width >= 1 or null (the width of a head), got {scale_width}"
+                f"kernelized needs scale_width >= 1, whole, or null (the width of a head), got {scale_width}"
             )
         self.scale_width = scale_width
         self.attn_dropout = nn.Dropout(attn_dropout)

@@ -11,11 +11,15 @@ Differs  eps floor on the normaliser; released code adds it instead (add_eps=Tru
 """
 # b batch, h heads, l length, t packed tokens, d head dim (keys), e head dim (values)
 
+import math
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from models.common import Mixer, Place, Traits, at_least_fp32, register
 from models.sums import kernel_sums, segment_sums
+
+EPS = 1e-6
 
 
 def feature_map(x: Tensor) -> Tensor:
@@ -29,7 +33,7 @@ def linear_attention(
     v: Tensor,
     mask: Tensor | None = None,
     *,
-    eps: float = 1e-6,
+    eps: float = EPS,
     add_eps: bool = False,
     normalise: bool = True,
 ) -> Tensor:
@@ -49,7 +53,7 @@ def linear_attention_packed(
     cu_seqlens: Tensor,
     max_len: int,
     *,
-    eps: float = 1e-6,
+    eps: float = EPS,
     add_eps: bool = False,
 ) -> Tensor:
     """`linear_attention` within each packed sequence. q, k: [t h d], v: [t h e] -> [t h e]."""
@@ -73,16 +77,18 @@ class Linear(Mixer):
         self,
         place: Place,
         *,
-        eps: float = 1e-6,
+        eps: float = EPS,
         add_eps: bool = False,
         normalise: bool = True,
         use_mask: bool = True,
     ) -> None:
         super().__init__(place)
-        if eps <= 0:
+        if not 0 < eps < math.inf:
             raise ValueError(f"linear needs eps > 0, got {eps}")
-        if add_eps and not normalise:
-            raise ValueError("linear has no eps to add with normalise=False; set add_eps=False")
+        if not normalise and (add_eps or eps != EPS):
+            raise ValueError(
+                f"linear has no eps with normalise=False, got eps={eps}, add_eps={add_eps}; leave both out"
+            )
         self.eps, self.add_eps, self.normalise, self.use_mask = eps, add_eps, normalise, use_mask
         if not normalise:
             reason = "the output is divided by the square root of the padded length"

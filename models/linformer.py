@@ -6,11 +6,13 @@ Cost     time and memory O(L P) per head; P max_len parameters per projection
 Exact    yes when proj_len = length and E = F = identity
 Padding  padded rows of K and V are zeroed before E and F, which are sliced to the length: they add nothing
 Differs  masks padding (paper, and the JAX code of LRA: no, here `use_mask=False`); E and F start as
-         N(0, 1 / proj_len), as the proofs in the paper do (Nystromformer's code: N(0, 0.02^2), here
-         `init_std`, and E = F of a head in all layers, here `share=layers_per_head`)
+         N(0, 1 / proj_len), as the proofs in the paper do (`init_std`: Nystromformer's code has N(0, 0.02^2)
+         and E = F of a head in all layers, `share=layers_per_head`; the JAX code of LRA has E = F for a whole
+         layer, `share=kv`, and flax's normal of variance 1 / max_len, cut off at two standard deviations)
 """
 # b batch, h heads (1 if heads share), l length, n longest length, p slots, d head dim
 
+import math
 from dataclasses import replace
 
 import torch
@@ -79,9 +81,10 @@ class Linformer(Mixer):
         super().__init__(place)
         if share not in SHARE:
             raise ValueError(f"unknown share '{share}' for linformer; choose from: {', '.join(SHARE)}")
-        if proj_len < 1 or (init_std is not None and init_std <= 0):
+        some_std = init_std is None or 0 < init_std < math.inf
+        if not isinstance(proj_len, int) or proj_len < 1 or not some_std:
             raise ValueError(
-                "linformer needs proj_len >= 1 and init_std > 0 or null (proj_len ** -0.5); "
+                "linformer needs proj_len >= 1, whole, and init_std > 0 or null (proj_len ** -0.5); "
                 f"got proj_len={proj_len}, init_std={init_std}"
             )
         self.proj_len, self.use_mask = proj_len, use_mask

@@ -14,8 +14,6 @@ Differs  masks as above (released code: zeroed padding counts in the means, and 
 """
 # b batch, h heads, l length, m landmarks, d head dim
 
-from dataclasses import replace
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -112,7 +110,7 @@ def _through_landmarks(
 
 @register("nystrom")
 class Nystrom(Mixer):
-    """Projections around `nystrom_attention`; `conv_kernel` 0 leaves the convolution out."""
+    """Projections around `nystrom_attention`; `kernel_size` 0 leaves the convolution out."""
 
     traits = Traits(
         length_invariant=False,
@@ -126,28 +124,31 @@ class Nystrom(Mixer):
         *,
         num_landmarks: int = 64,
         num_iterations: int = 6,
-        conv_kernel: int = 35,
+        kernel_size: int = 35,
         coupled_start: bool = False,
         count_padding: bool = False,
     ) -> None:
         super().__init__(place)
-        odd_or_none = conv_kernel == 0 or (conv_kernel > 0 and conv_kernel % 2 == 1)
-        if num_landmarks < 1 or num_iterations < 1 or not odd_or_none:
+        whole = all(isinstance(n, int) for n in (num_landmarks, num_iterations, kernel_size))
+        odd_or_none = kernel_size == 0 or (kernel_size > 0 and kernel_size % 2 == 1)
+        if not whole or num_landmarks < 1 or num_iterations < 1 or not odd_or_none:
             raise ValueError(
-                "nystrom needs num_landmarks >= 1, num_iterations >= 1 and conv_kernel odd or 0 (none); got "
-                f"num_landmarks={num_landmarks}, num_iterations={num_iterations}, conv_kernel={conv_kernel}"
+                "nystrom needs num_landmarks >= 1, num_iterations >= 1 and kernel_size odd or 0 (none), all "
+                f"whole; got num_landmarks={num_landmarks}, num_iterations={num_iterations}, "
+                f"kernel_size={kernel_size}"
             )
         self.num_landmarks, self.num_iterations = num_landmarks, num_iterations
         self.coupled_start, self.count_padding = coupled_start, count_padding
         self.conv_weight = None
-        if conv_kernel:
-            self.conv_weight = nn.Parameter(torch.empty(place.num_heads, 1, conv_kernel, 1))
-            bound = conv_kernel**-0.5  # the start that torch gives a Conv2d of this shape
+        if kernel_size:
+            self.conv_weight = nn.Parameter(torch.empty(place.num_heads, 1, kernel_size, 1))
+            bound = kernel_size**-0.5  # the start that torch gives a Conv2d of this shape
             nn.init.uniform_(self.conv_weight, -bound, bound)
-        if coupled_start:
+        if num_landmarks >= place.max_len:  # dense attention, whatever the length
+            self.traits = Traits(uses_order=kernel_size > 1)
+        elif coupled_start:
             reason = "the start of the inverse takes the largest norm in the batch, as the released code does"
-            because = {**self.traits.because, "batch_invariant": reason}
-            self.traits = replace(self.traits, batch_invariant=False, because=because)
+            self.traits = self.traits.but(reason, batch_invariant=False)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         options = {"num_landmarks": self.num_landmarks, "num_iterations": self.num_iterations}

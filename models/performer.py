@@ -7,12 +7,15 @@ Computes out_i = f(q_i) S / (f(q_i) . z)   with   S = sum_j f(k_j) v_j^T,   z = 
 Cost     time O(L R D), memory O(L R + R D) per head
 Exact    no; its error against dense softmax attention falls as R^(-1/2), down to the bias that eps adds
 Padding  padded keys take no part in c and leave S and z unchanged
-Differs  c for keys is over the real keys of one row and head (released code: all keys); the factor R^(-1/2)
-         is left out because it cancels; a redraw is a function of seed, layer and step, not of the data.
-         Released code by options: LRA's is use_mask=False with kernel=relu num_features=0 eps=1e-3, or with
-         num_features=2 eps=1e-6 for ListOps; Nystromformer's is double_scaling=True zero_padding=True
+Differs  c for keys is over the real keys of one row and head (released code: all keys; performer-pytorch of
+         early 2021: those of all rows and heads, `coupled_stabiliser`); the factor R^(-1/2) is left out as it
+         cancels; a redraw is a function of seed, layer and step, not of the data. Released code by options:
+         LRA's is use_mask=False with kernel=relu num_features=0 eps=1e-3, or with num_features=2 eps=1e-6 for
+         ListOps; Nystromformer's is double_scaling=True zero_padding=True coupled_stabiliser=True
 """
 # b batch, h heads, l length, t packed tokens, d head dim (keys), e head dim (values), r features
+
+import math
 
 import torch
 from torch import Tensor
@@ -60,10 +63,12 @@ def favor_attention(
     eps: float = 1e-4,
     kernel: str = "softmax",
     double_scaling: bool = False,
+    coupled_stabiliser: bool = False,
 ) -> Tensor:
     """q, k: [b h l d], v: [b h l e], mask: [b l] bool, True = real, features: [r d], eps > 0 -> [b h l e].
 
-    `features` None is for kernel=relu alone; `double_scaling` divides by d^(1/2) instead of d^(1/4).
+    `features` None is for kernel=relu alone; `double_scaling` divides by d^(1/2) instead of d^(1/4);
+    `coupled_stabiliser` takes one c for the keys of all rows and heads.
     """
     dtype = v.dtype
     q, k, v = at_least_fp32(q, k, v)
@@ -77,7 +82,8 @@ def favor_attention(
             if mask is not None:
                 k = k.masked_fill(~mask[:, None, :, None], torch.finfo(k.dtype).min)  # out of the maximum
             q = positive_features(q, q_energy, q.amax(dim=-1, keepdim=True), eps)
-            k = positive_features(k, k_energy, k.amax(dim=(-2, -1), keepdim=True), eps)
+            largest = k.amax() if coupled_stabiliser else k.amax(dim=(-2, -1), keepdim=True)
+            k = positive_features(k, k_energy, largest, eps)
     mixed, norm = kernel_sums(q, k, v, mask)
     return (mixed / norm.clamp_min(norm_floor(q.shape[-1], eps))).to(dtype)
 
@@ -134,26 +140,37 @@ class Performer(Mixer):
         feature_seed: int = 0,
         kernel: str = "softmax",
         double_scaling: bool = False,
+        coupled_stabiliser: bool = False,
         zero_padding: bool = False,
         use_mask: bool = True,
     ) -> None:
         super().__init__(place)
         if kernel not in KERNELS:
             raise ValueError(f"unknown kernel '{kernel}' for performer; choose from: {', '.join(KERNELS)}")
-        if num_features < (kernel == "softmax") or redraw_every < 0 or eps <= 0:
+        whole = all(isinstance(n, int) for n in (num_features, redraw_every, feature_seed))
+        if not whole or num_features < (kernel == "softmax") or redraw_every < 0 or not 0 < eps < math.inf:
             raise ValueError(
                 "performer needs num_features >= 1 (0, none, with kernel=relu), redraw_every >= 0 (0: never) "
-                f"and eps > 0; got num_features={num_features}, redraw_every={redraw_every}, eps={eps}"
+                f"and eps > 0, all but eps whole; got num_features={num_features}, "
+                f"redraw_every={redraw_every}, feature_seed={feature_seed}, eps={eps}"
             )
-        if (kernel == "relu" and double_scaling) or (redraw_every and not num_features):
+        if kernel == "relu" and (double_scaling or coupled_stabiliser):
+            raise ValueError("performer needs kernel=softmax for double_scaling and coupled_stabiliser")
+        if not num_features and (redraw_every or feature_seed):
             raise ValueError(
-                "performer needs kernel=softmax for double_scaling and features for redraw_every; "
-                f"got kernel={kernel}, num_features={num_features}"
+                "performer needs num_features >= 1 for redraw_every and feature_seed; got num_features=0, "
+                f"redraw_every={redraw_every}, feature_seed={feature_seed}"
             )
+        if zero_padding and not use_mask:
+            raise ValueError("performer needs use_mask=True for zero_padding; got use_mask=False")
         self.num_features, self.feature_seed = num_features, feature_seed
         self.redraw_every, self.eps, self.kernel = redraw_every, eps, kernel
-        self.double_scaling, self.zero_padding, self.use_mask = double_scaling, zero_padding, use_mask
+        self.double_scaling, self.coupled_stabiliser = double_scaling, coupled_stabiliser
+        self.zero_padding, self.use_mask = zero_padding, use_mask
         self.register_buffer("features", self.draw(0) if num_features else None)
+        if coupled_stabiliser:
+            reason = "the stabiliser of keys is one maximum over the batch, as in performer-pytorch of 2021"
+            self.traits = self.traits.but(reason, batch_invariant=False, packed=False)
         if zero_padding:
             reason = "padding counts as zero keys and values, whose features are not zero"
             self.traits = self.traits.but(reason, length_invariant=False, packed=False)
@@ -183,7 +200,8 @@ class Performer(Mixer):
         elif self.zero_padding and mask is not None:
             k, v = (x * mask[:, None, :, None] for x in (k, v))
             mask = None
-        return favor_attention(q, k, v, mask, **self.options)
+        coupled = self.coupled_stabiliser
+        return favor_attention(q, k, v, mask, coupled_stabiliser=coupled, **self.options)
 
     def attend_packed(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
         return favor_attention_packed(q, k, v, cu_seqlens, max_len, **self.options)

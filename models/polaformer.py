@@ -1,18 +1,21 @@
 """PolaFormer: linear attention that keeps the sign of products, with learned powers that sharpen it.
 
 Paper    Meng et al. 2025, arXiv 2501.15061, section 4
-Computes x+ = relu(x / softplus(s))^p,   x- = relu(-x / softplus(s))^p,   p = 1 + alpha sigmoid(w),
+Computes x+ = relu(x / t)^p,   x- = relu(-x / t)^p,   t = softplus(s),   p = 1 + alpha sigmoid(w),
          same_ij = q_i+ . k_j+ + q_i- . k_j-,   other_ij = q_i+ . k_j- + q_i- . k_j+
          o_i = [sum_j same_ij v_j' / n / (sum_j same_ij / n + eps), likewise other_ij and v_j''],
          s and w per channel, v = [v', v''] halves of a head, n real tokens;   out_i = g_i (o_i + c_i)
          c = v convolved along the length, one filter per channel for all heads;   g = projection of the input
 Cost     time O(L D^2 + L K D), memory O(L D + D^2) per head, K = kernel_size
 Exact    no; without convolution and gate it is dense attention with the kernels `same` and `other`
-Padding  padded keys leave all sums and n unchanged, padded values enter the convolution as zeros
+Padding  padded keys leave all sums and n unchanged, padded values enter the convolution as zeros; o + c is
+         zero in a row without real tokens, c at every padded position
 Differs  the convolution is along the sequence, not over an image; no learned positions added to the keys (the
-         released code has them for images of one size)
+         released code has them for images of one size); t is at least 0.01, without which powers overflow
 """
 # b batch, h heads, l length, t packed tokens, d head dim
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +24,8 @@ from torch import Tensor, nn
 from models.common import Mixer, Place, Traits, at_least_fp32, register
 from models.packed import Segments
 from models.sums import kernel_sums, segment_sums
+
+SMALLEST = 0.01  # scale: queries and keys of size 10 keep finite products up to p = 5
 
 
 def polar(x: Tensor, scale: Tensor, power: Tensor) -> Tensor:
@@ -80,24 +85,29 @@ def polar_attention_packed(
 
 
 def short_convolution(v: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None = None) -> Tensor:
-    """c_i = bias + sum_t weight_t v_(i + t - centre) over real places. v: [b h l d], weight: [k d]."""
-    if mask is not None:
-        v = v * mask[:, None, :, None]
+    """c_i = bias + sum_t weight_t v_(i + t - centre) over real places, zero at padding.
+
+    v: [b h l d], mask: [b l] bool, True = real, weight: [k d], bias: [d] -> [b h l d].
+    """
+    padding = None if mask is None else ~mask[:, None, :, None]
+    if padding is not None:
+        v = v.masked_fill(padding, 0)
     reach, length = len(weight) // 2, v.shape[-2]
     v = F.pad(v, (0, 0, reach, reach))
-    return sum((tap * v[..., t : t + length, :] for t, tap in enumerate(weight)), bias)
+    out = sum((tap * v[..., t : t + length, :] for t, tap in enumerate(weight)), bias)
+    return out if padding is None else out.masked_fill(padding, 0)
 
 
 def short_convolution_packed(v: Tensor, weight: Tensor, bias: Tensor, cu_seqlens: Tensor) -> Tensor:
     """`short_convolution` within each packed sequence. v: [t h d] -> [t h d]."""
     reach, num_rows = len(weight) // 2, v.shape[0]
-    segment = Segments.of(cu_seqlens, num_rows).segment
-    v, near = F.pad(v, (0, 0, 0, 0, reach, reach)), F.pad(segment, (reach, reach), value=-1)
+    where = Segments.of(cu_seqlens, num_rows)
+    v, near = F.pad(v, (0, 0, 0, 0, reach, reach)), F.pad(where.segment, (reach, reach), value=-1)
     out = bias
     for t, tap in enumerate(weight):
-        own = (near[t : t + num_rows] == segment)[:, None, None]
-        out = out + tap * v[t : t + num_rows] * own
-    return out
+        own = (near[t : t + num_rows] == where.segment) & where.real
+        out = out + tap * v[t : t + num_rows].masked_fill(~own[:, None, None], 0)
+    return out.masked_fill(~where.real[:, None, None], 0)
 
 
 @register("polaformer")
@@ -110,9 +120,13 @@ class PolaFormer(Mixer):
         self, place: Place, *, alpha: float = 4.0, kernel_size: int = 5, gate: bool = True, eps: float = 1e-6
     ) -> None:
         super().__init__(place)
-        if alpha < 0 or eps <= 0 or not (kernel_size == 0 or (kernel_size > 0 and kernel_size % 2 == 1)):
+        positive = 0 < alpha < math.inf and 0 < eps < math.inf
+        odd_or_none = isinstance(kernel_size, int) and (
+            kernel_size == 0 or (kernel_size > 0 and kernel_size % 2 == 1)
+        )
+        if not positive or not odd_or_none:
             raise ValueError(
-                "polaformer needs alpha >= 0, eps > 0 and kernel_size odd or 0 (none); got "
+                "polaformer needs alpha > 0, eps > 0 and kernel_size odd or 0 (none); got "
                 f"alpha={alpha}, eps={eps}, kernel_size={kernel_size}"
             )
         width = place.head_dim
@@ -135,7 +149,7 @@ class PolaFormer(Mixer):
     def options(self) -> dict:
         scale, power = at_least_fp32(self.scale, self.power)
         power = 1 + self.alpha * power.sigmoid()
-        return {"scale": F.softplus(scale), "power": power, "eps": self.eps}
+        return {"scale": F.softplus(scale).clamp_min(SMALLEST), "power": power, "eps": self.eps}
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         mixed = polar_attention(q, k, v, mask, **self.options)

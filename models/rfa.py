@@ -7,10 +7,13 @@ Cost     time O(L R D), memory O(L R + R D) per head
 Exact    no; with equal widths s its error against softmax of u_i . u_j s^2 falls as R^(-1/2)
 Padding  padded keys leave S and z unchanged
 Differs  no gate (it is for causal attention); f(q) . z, which can be negative, is at least eps (released
-         code: the same, on features of another scale, and u = x / (|x| + 1e-3)); a head picks its matrix from
-         num_draws at every step by seed, layer and step, in evaluation head h has matrix h
+         code: at least 1 with features of 0.1 in the place of R^(-1/2), which is 100 / R here: 1.5625 at R =
+         64, 156 times our default; and u = x / (|x| + 1e-3)); a head picks its matrix from num_draws at every
+         step by seed, layer and step, in evaluation head h has matrix h
 """
 # b batch, h heads, l length, t packed tokens, d head dim (keys), e head dim (values), r random projections
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +22,7 @@ from torch import Tensor, nn
 from models.common import Mixer, Place, Traits, at_least_fp32, full_precision, head_products, register
 from models.sums import kernel_sums, segment_attention
 
+NUM_DRAWS = 200
 TINY = 1e-6  # shorter queries and keys are not made longer than |x| / TINY
 
 
@@ -68,21 +72,28 @@ class RandomFeatureAttention(Mixer):
         place: Place,
         *,
         num_features: int = 64,
-        num_draws: int = 200,
+        num_draws: int = NUM_DRAWS,
         redraw_every: int = 1,
         temperature: float = 1.0,
         eps: float = 1e-2,
         feature_seed: int = 0,
     ) -> None:
         super().__init__(place)
-        if num_features < 1 or redraw_every < 0 or temperature <= 0 or eps <= 0:
+        whole = all(isinstance(n, int) for n in (num_features, num_draws, redraw_every, feature_seed))
+        positive = 0 < temperature < math.inf and 0 < eps < math.inf
+        if not whole or num_features < 1 or redraw_every < 0 or not positive:
             raise ValueError(
-                "rfa needs num_features >= 1, redraw_every >= 0 (0: never), temperature > 0 and eps > 0; got "
-                f"num_features={num_features}, redraw_every={redraw_every}, temperature={temperature}, "
+                "rfa needs num_features >= 1, redraw_every >= 0 (0: never), temperature > 0 and eps > 0, "
+                f"all but the last two whole; got num_features={num_features}, num_draws={num_draws}, "
+                f"redraw_every={redraw_every}, feature_seed={feature_seed}, temperature={temperature}, "
                 f"eps={eps}"
             )
         if num_draws < place.num_heads:
             raise ValueError(f"rfa needs num_draws >= num_heads, got {num_draws} and {place.num_heads}")
+        if not redraw_every and num_draws != NUM_DRAWS:
+            raise ValueError(
+                f"rfa needs redraw_every >= 1 for num_draws, got redraw_every=0 and num_draws={num_draws}"
+            )
         self.num_features, self.redraw_every, self.eps = num_features, redraw_every, eps
         self.seed = feature_seed * 1_000_003 + place.layer_index
         pool = torch.randn(num_draws, num_features, place.head_dim, generator=self._generator(0))

@@ -14,7 +14,7 @@ Differs  a draw is decided by landmark_seed, layer and training step, and fixed 
 """
 # b batch, h heads, l length, m landmarks, s landmarks of one kind, d head dim
 
-from dataclasses import replace
+import math
 
 import torch
 from torch import Tensor
@@ -107,22 +107,27 @@ class Skyformer(Mixer):
         landmark_seed: int = 0,
     ) -> None:
         super().__init__(place)
-        if num_landmarks < 2 or num_landmarks % 2 or gamma < 0 or num_iterations < 1:
+        whole = all(isinstance(n, int) for n in (num_landmarks, num_iterations, landmark_seed))
+        even = whole and num_landmarks >= 2 and num_landmarks % 2 == 0
+        if not even or num_iterations < 1 or not 0 <= gamma < math.inf:
             raise ValueError(
-                "skyformer needs num_landmarks even and >= 2, gamma >= 0 and num_iterations >= 1; got "
-                f"num_landmarks={num_landmarks}, gamma={gamma}, num_iterations={num_iterations}"
+                "skyformer needs num_landmarks even and >= 2, num_iterations >= 1 and gamma >= 0, all "
+                f"but gamma whole; got num_landmarks={num_landmarks}, num_iterations={num_iterations}, "
+                f"landmark_seed={landmark_seed}, gamma={gamma}"
             )
-        if scale_width is not None and scale_width < 1:
+        if scale_width is not None and not (isinstance(scale_width, int) and scale_width >= 1):
             raise ValueError(
-                f"skyformer needs scale_width >= 1 or null (the width of a head), got {scale_width}"
+                f"skyformer needs scale_width >= 1, whole, or null (the width of a head), got {scale_width}"
             )
         self.num_landmarks, self.distinct = num_landmarks, distinct
         self.gamma, self.num_iterations = gamma, num_iterations
         self.coupled_start, self.scale_width = coupled_start, scale_width
         self.draw = Draw(landmark_seed, place.layer_index)
+        if distinct and num_landmarks // 2 >= place.max_len:
+            self.traits = self.traits.but("every token is a landmark", uses_order=False)
         if coupled_start:
             reason = "the start of the inverse takes the largest norm in the batch, as the released code does"
-            self.traits = replace(self.traits, batch_invariant=False, because={"batch_invariant": reason})
+            self.traits = self.traits.but(reason, batch_invariant=False)
 
     def training_update(self, step: int) -> None:
         self.draw.advance(step)

@@ -155,9 +155,10 @@ class Taylor(Mixer):
 
     def __init__(self, place: Place, *, order: int = 2, d_feature: int = 0, eps: float = 1e-6) -> None:
         super().__init__(place)
-        if order not in ORDERS or d_feature < 0 or eps <= 0:
+        whole = isinstance(order, int) and isinstance(d_feature, int)
+        if not whole or order not in ORDERS or d_feature < 0 or not 0 < eps < math.inf:
             raise ValueError(
-                "taylor needs order 1, 2 or 3, d_feature >= 0 (0: the head width) and eps > 0; "
+                "taylor needs order 1, 2 or 3, d_feature >= 0 (0: the head width), whole, and eps > 0; "
                 f"got order={order}, d_feature={d_feature}, eps={eps}"
             )
         self.order, self.d_feature, self.eps = order, d_feature, eps

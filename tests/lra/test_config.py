@@ -215,10 +215,10 @@ def test_a_foreign_package_called_models_is_refused_by_its_path(tmp_path, monkey
 QUIRKS = {
     "softmax": set(),
     "linear": {"normalise"},
-    "performer": {"double_scaling", "zero_padding"},
+    "performer": {"coupled_stabiliser", "double_scaling", "zero_padding"},
     "linformer": {"share", "init_std"},
     "nystrom": {"count_padding", "coupled_start"},
-    "reformer": {"across_buckets"},
+    "reformer": {"across_buckets", "score_scale"},
 }
 
 

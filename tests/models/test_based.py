@@ -47,6 +47,26 @@ def test_only_layers_that_look_far_have_projections_to_features():
     assert built(0, mode="parallel", d_feature=3).key_projection.shape == (2, 8, 3)
 
 
+@pytest.mark.parametrize("mode", ["alternate", "parallel"])
+@pytest.mark.parametrize(("window", "expected"), [(1, False), (2, True), (398, False), (397, True)])
+def test_only_a_window_that_cuts_something_off_makes_order_matter(mode, window, expected):
+    mixer = built(mode=mode, window=window)
+    assert mixer.traits.uses_order == expected
+    x = torch.randn(1, 200, 16, dtype=torch.float64)
+    moved = (mixer(x.flip(1)).flip(1) - mixer(x)).abs().max()
+    turned = torch.randperm(200)
+    moved = max(moved, (mixer(x[:, turned]) - mixer(x)[:, turned]).abs().max())
+    assert (moved > 1e-9) == expected
+
+
+def test_a_model_of_one_layer_that_alternates_has_no_features_to_size():
+    place = Place(d_model=16, num_heads=2, max_len=200)
+    with pytest.raises(ValueError, match="no Taylor layer .* got d_feature=8"):
+        build("based", place, d_feature=8)
+    assert build("based", place, d_feature=8, mode="parallel").query_projection.shape == (2, 8, 8)
+    assert build("based", place).traits.uses_order
+
+
 @pytest.mark.parametrize("layer_index", [0, 1])
 @pytest.mark.parametrize("mode", ["alternate", "parallel"])
 def test_packed_path_equals_each_sequence_alone(mode, layer_index):
@@ -72,7 +92,11 @@ def test_the_state_is_the_window_or_the_monomials():
 
 @pytest.mark.parametrize(
     ("own", "said"),
-    [({"mode": "hybrid"}, "choose from: alternate, parallel"), ({"window": 0}, "got d_feature=16, window=0")],
+    [
+        ({"mode": "hybrid"}, "choose from: alternate, parallel"),
+        ({"window": 0}, "got d_feature=16, window=0"),
+        ({"window": 6.0}, "whole numbers; got d_feature=16, window=6.0"),
+    ],
 )
 def test_values_that_make_no_sense_are_refused(own, said):
     with pytest.raises(ValueError, match=said):

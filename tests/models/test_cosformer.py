@@ -86,6 +86,16 @@ def test_packed_path_equals_each_sequence_alone():
     torch.testing.assert_close(mechanism.forward_packed(x, cu_seqlens, 40), alone, **EXACT)
 
 
-def test_an_eps_of_zero_is_refused():
-    with pytest.raises(ValueError, match="cosformer needs eps > 0, got 0"):
-        build("cosformer", PLACE, eps=0.0)
+@pytest.mark.parametrize("eps", [0.0, math.nan, math.inf])
+def test_an_eps_that_makes_no_sense_is_refused(eps):
+    with pytest.raises(ValueError, match=f"cosformer needs eps > 0, got {eps}"):
+        build("cosformer", PLACE, eps=eps)
+
+
+def test_input_past_the_longest_length_is_refused():
+    mechanism = build("cosformer", PLACE)
+    with pytest.raises(ValueError, match="at most 40 positions and got 41"):
+        mechanism(torch.randn(1, 41, 8))
+    with pytest.raises(ValueError, match="at most 40 positions and got 41"):
+        mechanism.forward_packed(torch.randn(41, 8), torch.tensor([0, 41], dtype=torch.int32), 41)
+    assert build("cosformer", PLACE, padded_period=True)(torch.randn(1, 41, 8)).isfinite().all()

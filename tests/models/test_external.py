@@ -110,5 +110,33 @@ def test_autocast_leaves_both_normalisations_in_float32():
 
 
 def test_values_that_make_no_sense_are_refused():
-    with pytest.raises(ValueError, match="num_slots >= 1, got 0"):
-        build("external", PLACE, num_slots=0)
+    for num_slots in (0, 1.5):
+        with pytest.raises(ValueError, match=f"num_slots >= 1, whole, got {num_slots}"):
+            build("external", PLACE, num_slots=num_slots)
+
+
+@pytest.mark.parametrize("size", [-1000.0, 1000.0])
+def test_packed_scores_whose_exponentials_all_vanish_or_overflow_keep_their_ratios(size):
+    x = size + torch.randn(7, 2, 1, dtype=torch.float64)
+    memory = {"keys": torch.tensor([[1.0], [1.001]]).double(), "values": torch.eye(2).double()}
+    memory["values"] = memory["values"][:, :1]
+    cu_seqlens = torch.tensor([0, 3, 7], dtype=torch.int32)
+    alone = [external_attention(part.transpose(0, 1)[None], **memory)[0] for part in x.split([3, 4])]
+    found = external_attention_packed(x, cu_seqlens, 4, **memory)
+    torch.testing.assert_close(found, torch.cat([y.transpose(0, 1) for y in alone]), **EXACT)
+    assert 0.3 < found.mean() < 0.7
+
+
+def test_dropout_acts_on_packed_rows_in_training_alone():
+    mechanism = build("external", PLACE, attn_dropout=0.5)
+    x, cu_seqlens = torch.randn(20, 16), torch.tensor([0, 5, 20], dtype=torch.int32)
+    assert not torch.equal(*(mechanism.forward_packed(x, cu_seqlens, 200) for _ in range(2)))
+    mechanism.eval()
+    assert torch.equal(*(mechanism.forward_packed(x, cu_seqlens, 200) for _ in range(2)))
+
+
+def test_memories_start_apart_and_spread_as_the_weights_of_two_linear_layers():
+    mechanism = build("external", PLACE, num_slots=1000)
+    for memory, bound in ((mechanism.keys, 8**-0.5), (mechanism.values, 1000**-0.5)):
+        assert memory.abs().max() <= bound
+        assert memory.std().item() == pytest.approx(bound / 3**0.5, rel=0.03)  # five standard errors

@@ -165,10 +165,29 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(attend, leaves, fast_mode=True)
 
 
-@pytest.mark.parametrize("own", [{"factor": 0}, {"target": 0}])
+@pytest.mark.parametrize("max_len", [12, 13, 50])
+@pytest.mark.parametrize("factor", [1, 4, 13])
+def test_order_is_of_no_account_if_every_query_is_chosen_at_every_length(max_len, factor):
+    mixer = build("informer", Place(d_model=16, num_heads=2, max_len=max_len), factor=factor).double().eval()
+    moved = 0.0
+    for length in range(2, max_len + 1):
+        x, turned = 3 * torch.randn(1, length, 16, dtype=torch.float64), torch.randperm(length)
+        moved = max(moved, (mixer(x[:, turned]) - mixer(x)[:, turned]).abs().max().item())
+    assert mixer.traits.uses_order == (moved > 1e-9)
+    assert mixer.traits.uses_order == {1: True, 4: max_len > 12, 13: False}[factor]
+
+
+@pytest.mark.parametrize(
+    "own", [{"factor": 0}, {"factor": 1.5}, {"target": 0}, {"target": 12.5}, {"sample_seed": 0.5}]
+)
 def test_values_that_make_no_sense_are_refused(own):
     with pytest.raises(ValueError, match="informer needs"):
         build("informer", PLACE, **own)
+
+
+def test_a_factor_beside_a_target_that_sets_it_is_refused():
+    with pytest.raises(ValueError, match="got factor=3 and target=128"):
+        build("informer", PLACE, factor=3, target=128)
 
 
 def test_mean_over_length_counts_real_tokens():

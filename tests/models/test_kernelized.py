@@ -23,6 +23,29 @@ def test_kernel_is_one_on_the_diagonal_and_below_one_elsewhere():
     torch.testing.assert_close(kernel, kernel.mT, **EXACT)
 
 
+@pytest.mark.parametrize("size", [1.0, 1e2, 1e4, 1e6])
+def test_kernel_of_large_float32_inputs_stays_between_zero_and_one(size):
+    x = (size * torch.randn(64, 32)).requires_grad_()
+    kernel = gaussian_kernel(x, x)
+    assert kernel.min() >= 0 and kernel.max() <= 1
+    kernel.square().sum().backward()
+    assert x.grad.isfinite().all()
+
+
+def test_kernel_keeps_nothing_but_its_inputs_and_itself_for_the_gradient():
+    x, y = torch.randn(50, 4, requires_grad=True), torch.randn(60, 4, requires_grad=True)
+    kept = set()
+
+    def keep(saved):
+        if saved.numel() == 50 * 60:
+            kept.add(saved.untyped_storage().data_ptr())
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+        kernel = gaussian_kernel(x, y)
+    assert kept == {kernel.untyped_storage().data_ptr()}
+
+
 def test_tokens_all_alike_give_the_sum_of_values_and_not_their_mean():
     q, _, v = qkv()
     q = q[:, :, :1].expand_as(q)
@@ -83,7 +106,7 @@ def test_autocast_leaves_the_exponents_in_float32():
     ).abs().max() < 2e-2 * expected.abs().max()  # the last product alone is in bfloat16
 
 
-@pytest.mark.parametrize("scale_width", [0, -4])
+@pytest.mark.parametrize("scale_width", [0, -4, 1.5])
 def test_values_that_make_no_sense_are_refused(scale_width):
     with pytest.raises(ValueError, match="kernelized needs scale_width"):
         build("kernelized", PLACE, scale_width=scale_width)

@@ -1,5 +1,7 @@
 """Linear attention: dense attention with its own kernel, normalised, and summed in full precision."""
 
+import math
+
 import pytest
 import torch
 
@@ -76,6 +78,11 @@ def test_added_eps_shrinks_a_single_token_by_eps_over_its_kernel():
     torch.testing.assert_close(linear_attention(q, k, v, eps=0.5), v, **EXACT)
 
 
+def test_the_state_has_a_normaliser_if_there_is_one():
+    assert build("linear", PLACE).state_size(100) == 2 * 4 * (4 + 1)
+    assert build("linear", PLACE, normalise=False).state_size(100) == 2 * 4 * 4
+
+
 def test_without_mask_padding_is_attended_to_and_the_traits_say_so():
     blind = build("linear", PLACE, use_mask=False).double()
     x, mask = torch.randn(2, 13, 8, dtype=torch.float64), torch.arange(13) < torch.tensor([[5], [13]])
@@ -88,7 +95,13 @@ def test_without_mask_padding_is_attended_to_and_the_traits_say_so():
 
 @pytest.mark.parametrize(
     ("own", "said"),
-    [({"eps": 0.0}, "eps > 0, got 0.0"), ({"add_eps": True, "normalise": False}, "no eps to add")],
+    [
+        ({"eps": 0.0}, "eps > 0, got 0.0"),
+        ({"eps": math.nan}, "eps > 0, got nan"),
+        ({"eps": math.inf}, "eps > 0, got inf"),
+        ({"add_eps": True, "normalise": False}, "no eps with normalise=False"),
+        ({"eps": 1e-3, "normalise": False}, "no eps with normalise=False"),
+    ],
 )
 def test_values_that_make_no_sense_are_refused(own, said):
     with pytest.raises(ValueError, match=said):

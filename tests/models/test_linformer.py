@@ -1,5 +1,7 @@
 """Linformer: sharing, starts, and what it does with padding."""
 
+import math
+
 import pytest
 import torch
 
@@ -106,7 +108,15 @@ def test_input_past_the_longest_length_is_refused():
         mechanism(torch.randn(1, 31, 8))
 
 
-@pytest.mark.parametrize("own", [{"share": "all"}, {"proj_len": 0}, {"init_std": 0.0}])
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"share": "all"},
+        {"proj_len": 0},
+        {"proj_len": 1.5},
+        *({"init_std": s} for s in (0.0, math.nan, math.inf)),
+    ],
+)
 def test_values_that_make_no_sense_are_refused(own):
     with pytest.raises(ValueError, match="linformer"):
         build("linformer", Place(d_model=8, num_heads=2, max_len=30), **own)

@@ -135,17 +135,46 @@ def test_coupled_start_ties_a_row_to_its_batch_and_says_so():
     assert leak[False] < 1e-12 < 1e-4 < leak[True]
     place = Place(d_model=8, num_heads=2, max_len=30)
     assert build("nystrom", place).traits.batch_invariant
-    assert "batch_invariant" in build("nystrom", place, coupled_start=True).traits.exceptions()
+    assert (
+        "batch_invariant" in build("nystrom", place, num_landmarks=6, coupled_start=True).traits.exceptions()
+    )
+
+
+@pytest.mark.parametrize("kernel_size", [0, 1, 3])
+@pytest.mark.parametrize("coupled_start", [False, True])
+@pytest.mark.parametrize("num_landmarks", [29, 30])
+def test_a_landmark_for_every_token_leaves_order_to_the_convolution_and_nothing_to_padding(
+    kernel_size, coupled_start, num_landmarks
+):
+    place = Place(d_model=8, num_heads=2, max_len=30)
+    own = {"kernel_size": kernel_size, "coupled_start": coupled_start, "num_landmarks": num_landmarks}
+    mixer = build("nystrom", place, **own).double()
+    x = torch.randn(1, 30, 8, dtype=torch.float64) * 3
+    turned = [0, 2, 1, *range(3, 30)]
+    moves = (mixer(x[:, turned]) - mixer(x)[:, turned]).abs().max() > 1e-9
+    assert mixer.traits.uses_order == moves
+    dense = num_landmarks == 30
+    assert mixer.traits.uses_order == (not dense or kernel_size > 1)
+    assert mixer.traits.length_invariant == dense
+    assert mixer.traits.batch_invariant == (dense or not coupled_start)
 
 
 def test_kernel_zero_leaves_the_convolution_out():
     place = Place(d_model=8, num_heads=2, max_len=30)
-    assert build("nystrom", place, conv_kernel=0).conv_weight is None
-    assert build("nystrom", place, conv_kernel=5).conv_weight.shape == (2, 1, 5, 1)
+    assert build("nystrom", place, kernel_size=0).conv_weight is None
+    assert build("nystrom", place, kernel_size=5).conv_weight.shape == (2, 1, 5, 1)
 
 
 @pytest.mark.parametrize(
-    "own", [{"num_landmarks": 0}, {"num_iterations": 0}, {"conv_kernel": 4}, {"conv_kernel": -3}]
+    "own",
+    [
+        {"num_landmarks": 0},
+        {"num_landmarks": 8.0},
+        {"num_iterations": 0},
+        {"num_iterations": 1.5},
+        {"kernel_size": 4},
+        {"kernel_size": -3},
+    ],
 )
 def test_values_that_make_no_sense_are_refused(own):
     with pytest.raises(ValueError, match="nystrom needs"):

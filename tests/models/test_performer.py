@@ -129,6 +129,7 @@ def test_redraws_happen_every_so_many_steps_in_place_and_are_decided_by_the_step
     resumed = build("performer", PLACE, redraw_every=10)
     resumed.training_update(20)
     assert torch.equal(resumed.features, seen[20])
+    assert torch.equal(seen[20], resumed.draw(2)) and torch.equal(seen[0], resumed.draw(0))
 
 
 def test_features_are_never_redrawn_by_default():
@@ -175,6 +176,28 @@ def test_zero_padding_counts_padding_as_zero_keys_and_values():
     assert not quirk.traits.packed
 
 
+def test_coupled_stabiliser_is_one_maximum_over_all_rows_heads_and_keys_as_released_in_early_2021():
+    q, k, v = qkv()
+    w, k = features(), torch.cat([k[:1], 3 * k[1:]])  # the maximum is in the second row
+    mask = torch.arange(13) < torch.tensor([[13], [9]])
+    scaled_q, scaled_k = q / 8**0.25, k / 8**0.25
+    top = max((scaled_k[b, h, j] @ w.T).max() for b in (0, 1) for h in (0, 1) for j in range((13, 9)[b]))
+    f_k = torch.exp(scaled_k @ w.T - scaled_k.square().sum(dim=-1, keepdim=True) / 2 - top) + 1e-2
+    scores = scaled_q @ w.T
+    energy = scaled_q.square().sum(dim=-1, keepdim=True) / 2
+    f_q = torch.exp(scores - energy - scores.amax(dim=-1, keepdim=True)) + 1e-2
+    kernel = (f_q @ f_k.mT) * mask[:, None, None, :]
+    expected = kernel / kernel.sum(dim=-1, keepdim=True) @ v
+    found = favor_attention(q, k, v, mask, features=w, eps=1e-2, coupled_stabiliser=True)
+    torch.testing.assert_close(found, expected, **EXACT)
+    assert (favor_attention(q, k, v, mask, features=w, eps=1e-2) - expected).abs().max() > 1e-2
+    quirk = build("performer", PLACE, coupled_stabiliser=True)
+    assert set(quirk.traits.exceptions()) == {"batch_invariant"} and not quirk.traits.packed
+    k[1, :, 9:] = 1e4
+    found = favor_attention(q, k, v, mask, features=w, eps=1e-2, coupled_stabiliser=True)
+    torch.testing.assert_close(found, expected, **EXACT)
+
+
 def test_without_mask_padding_is_attended_to_and_the_traits_say_so():
     blind = build("performer", PLACE, use_mask=False).double()
     x, mask = torch.randn(2, 13, 16, dtype=torch.float64), torch.arange(13) < torch.tensor([[5], [13]])
@@ -200,7 +223,14 @@ def test_packed_path_of_the_relu_kernel_equals_each_sequence_alone(own):
         {"num_features": 0},
         {"redraw_every": -1},
         {"kernel": "relu", "double_scaling": True},
+        {"kernel": "relu", "coupled_stabiliser": True},
         {"kernel": "relu", "num_features": 0, "redraw_every": 1},
+        {"kernel": "relu", "num_features": 0, "feature_seed": 1},
+        {"zero_padding": True, "use_mask": False},
+        {"eps": math.nan},
+        {"eps": math.inf},
+        {"num_features": 8.0},
+        {"redraw_every": 1.5},
     ],
 )
 def test_values_that_make_no_sense_are_refused(own):

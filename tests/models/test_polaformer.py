@@ -1,10 +1,12 @@
 """PolaFormer: signs, powers, halves, convolution and gate, one by one."""
 
+import math
+
 import pytest
 import torch
 
 from models import Place, build
-from models.polaformer import polar, polar_attention, short_convolution
+from models.polaformer import polar, polar_attention, short_convolution, short_convolution_packed
 
 EXACT = {"rtol": 0, "atol": 1e-12}  # float64 rounding
 PLACE = Place(d_model=8, num_heads=2, max_len=40)
@@ -82,12 +84,37 @@ def test_only_a_convolution_over_neighbours_makes_order_matter():
 
 
 @pytest.mark.parametrize("kernel_size", [0, 5])
-def test_row_without_real_keys_gives_finite_outputs_and_gradients(kernel_size):
+def test_row_without_real_keys_gives_zeros_and_finite_gradients(kernel_size):
     mixer = build("polaformer", PLACE, kernel_size=kernel_size)
-    x = torch.randn(2, 13, 8, requires_grad=True)
-    out = mixer(x, torch.tensor([[True] * 13, [False] * 13]))
+    x, mask = torch.randn(2, 13, 8, requires_grad=True), torch.tensor([[True] * 13, [False] * 13])
+    q, k, v = (part.transpose(1, 2) for part in mixer.qkv(x).unflatten(-1, (3, 2, 4)).unbind(2))
+    mixed = mixer.attend(q, k, v, mask)
+    assert mixed[0].any() and not mixed[1].any()
+    out = mixer(x, mask)
     out.square().sum().backward()
     assert all(t.isfinite().all() for t in (out, x.grad, *(p.grad for p in mixer.parameters())))
+
+
+def test_scales_have_a_floor_so_that_powers_stay_finite():
+    mixer = build("polaformer", PLACE)
+    with torch.no_grad():
+        mixer.scale.fill_(-20.0)
+    torch.testing.assert_close(mixer.options["scale"], torch.full((2, 4), 0.01))
+    x = torch.randn(2, 40, 8, requires_grad=True)
+    out = mixer(x)
+    out.square().sum().backward()
+    assert all(t.isfinite().all() for t in (out, x.grad, *(p.grad for p in mixer.parameters())))
+
+
+def test_filler_rows_reach_no_real_row_through_the_convolution_even_if_they_are_not_numbers():
+    v, weight, bias = torch.randn(9, 2, 4), torch.randn(5, 4, requires_grad=True), torch.randn(4)
+    cu_seqlens = torch.tensor([0, 3, 7], dtype=torch.int32)
+    clean = short_convolution_packed(v, weight, bias, cu_seqlens)
+    v[7:] = math.nan
+    found = short_convolution_packed(v, weight, bias, cu_seqlens)
+    assert torch.equal(found, clean) and not found[7:].any()
+    found[:7].sum().backward()
+    assert weight.grad.isfinite().all()
 
 
 def test_zero_queries_and_keys_have_finite_gradients_by_the_power_too():
@@ -106,7 +133,14 @@ def test_packed_path_equals_each_sequence_alone(own):
     torch.testing.assert_close(mechanism.forward_packed(x, cu_seqlens, 40), alone, **EXACT)
 
 
-@pytest.mark.parametrize("own", [{"alpha": -1.0}, {"kernel_size": 4}, {"kernel_size": -1}, {"eps": 0.0}])
+@pytest.mark.parametrize(
+    "own",
+    [
+        *({"alpha": value} for value in (-1.0, 0.0, math.nan, math.inf)),
+        *({"eps": value} for value in (0.0, math.nan, math.inf)),
+        *({"kernel_size": value} for value in (4, -1, 5.0)),
+    ],
+)
 def test_values_that_make_no_sense_are_refused(own):
     with pytest.raises(ValueError, match="polaformer needs"):
         build("polaformer", PLACE, **own)

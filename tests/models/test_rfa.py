@@ -46,6 +46,11 @@ def test_features_of_a_vector_have_norm_one_whatever_its_length():
     torch.testing.assert_close(norms, torch.ones_like(norms), **EXACT)
 
 
+def test_features_of_short_vectors_are_those_of_their_direction():
+    x, w = torch.randn(3, 2, 5, 8, dtype=torch.float64), torch.randn(2, 6, 8, dtype=torch.float64)
+    torch.testing.assert_close(fourier_features(1e-5 * x, w), fourier_features(x, w), **EXACT)
+
+
 def test_a_negative_normaliser_is_replaced_by_eps():
     q = torch.ones(1, 1, 1, 1, dtype=torch.float64)
     w = torch.full((1, 1, 1), math.pi / 2, dtype=torch.float64)  # cos(w (1 - -1)) = -1
@@ -84,6 +89,14 @@ def test_every_step_picks_other_matrices_for_training_in_place_and_decided_by_th
     assert torch.equal(resumed.drawn, seen[19])
 
 
+def test_matrices_stay_for_redraw_every_steps_and_are_numbered_from_one():
+    mechanism = build("rfa", PLACE, redraw_every=3)
+    for step in range(7):
+        mechanism.training_update(step)
+        picked = torch.randperm(200, generator=mechanism._generator(1 + step // 3))[:2]
+        assert torch.equal(mechanism.drawn, mechanism.pool[picked])
+
+
 def test_evaluation_uses_the_first_matrices_of_the_pool_and_training_the_drawn_ones():
     mechanism = build("rfa", PLACE).double()
     mechanism.training_update(3)
@@ -119,7 +132,16 @@ def test_packed_path_of_a_redrawn_model_in_training_equals_each_sequence_alone()
 
 
 @pytest.mark.parametrize(
-    "own", [{"num_features": 0}, {"redraw_every": -1}, {"temperature": 0.0}, {"eps": 0.0}, {"num_draws": 1}]
+    "own",
+    [
+        {"num_features": 0},
+        {"redraw_every": -1},
+        {"redraw_every": 1.5},
+        {"redraw_every": 0, "num_draws": 100},
+        *({"temperature": value} for value in (0.0, math.nan, math.inf)),
+        *({"eps": value} for value in (0.0, math.nan, math.inf)),
+        {"num_draws": 1},
+    ],
 )
 def test_values_that_make_no_sense_are_refused(own):
     with pytest.raises(ValueError, match="rfa needs"):

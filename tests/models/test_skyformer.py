@@ -1,5 +1,7 @@
 """Skyformer: what is drawn and when, what the draw may not depend on, and its options."""
 
+import math
+
 import pytest
 import torch
 from proofs import PROOFS
@@ -142,6 +144,15 @@ def test_coupled_start_ties_a_row_to_its_batch_and_says_so():
     assert "batch_invariant" in build("skyformer", PLACE, coupled_start=True).traits.exceptions()
 
 
+@pytest.mark.parametrize(("num_landmarks", "expected"), [(98, True), (100, False)])
+def test_order_is_of_no_account_if_every_token_is_a_landmark_of_both_kinds(num_landmarks, expected):
+    mixer = build("skyformer", PLACE, num_landmarks=num_landmarks, distinct=True).double()
+    assert mixer.traits.uses_order == expected
+    x, turned = torch.randn(1, 50, 16, dtype=torch.float64), torch.randperm(50)
+    assert ((mixer(x[:, turned]) - mixer(x)[:, turned]).abs().max() > 1e-9) == expected
+    assert build("skyformer", PLACE, num_landmarks=100).traits.uses_order
+
+
 def test_scale_width_32_is_the_constant_of_the_released_code_whatever_the_head():
     q, k, v = qkv()
     options = {"numbers": numbers(), "num_landmarks": 8}
@@ -178,7 +189,12 @@ def test_autocast_leaves_kernels_and_inverse_in_float32():
 
 @pytest.mark.parametrize(
     "own",
-    [{"num_landmarks": 0}, {"num_landmarks": 7}, {"gamma": -0.1}, {"num_iterations": 0}, {"scale_width": 0}],
+    [
+        *({"num_landmarks": value} for value in (0, 7, 8.0)),
+        *({"gamma": value} for value in (-0.1, math.nan, math.inf)),
+        *({"num_iterations": value} for value in (0, 1.5)),
+        *({"scale_width": value} for value in (0, 1.5)),
+    ],
 )
 def test_values_that_make_no_sense_are_refused(own):
     with pytest.raises(ValueError, match="skyformer needs"):

@@ -111,7 +111,9 @@ def test_the_state_counts_monomials_and_the_normaliser():
     assert build("taylor", PLACE, order=3, d_feature=4).state_size(100) == 2 * (1 + 4 + 10 + 20) * (8 + 1)
 
 
-@pytest.mark.parametrize("own", [{"order": 0}, {"order": 4}, {"d_feature": -1}, {"eps": 0.0}])
+@pytest.mark.parametrize(
+    "own", [{"order": 0}, {"order": 4}, {"order": 2.0}, {"d_feature": -1}, {"eps": 0.0}, {"eps": math.nan}]
+)
 def test_values_that_make_no_sense_are_refused(own):
     with pytest.raises(ValueError, match="taylor needs order 1, 2 or 3"):
         build("taylor", PLACE, **own)

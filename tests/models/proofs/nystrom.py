@@ -85,8 +85,8 @@ def convolved(weight, v, real):
 CASES = [
     {},
     {"num_landmarks": 4},
-    {"num_landmarks": 5, "conv_kernel": 0},
-    {"num_landmarks": 3, "num_iterations": 2, "conv_kernel": 3},
+    {"num_landmarks": 5, "kernel_size": 0},
+    {"num_landmarks": 3, "num_iterations": 2, "kernel_size": 3},
     {"num_landmarks": 4, "coupled_start": True},
     {"num_landmarks": 4, "count_padding": True},
 ]

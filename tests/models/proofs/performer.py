@@ -4,31 +4,55 @@ import torch
 
 from models.performer import favor_attention, orthogonal_features
 from proofs.faults import Plant, attention_faults, other_eps, unscaled
-from proofs.kit import Limit, Oracle, by_head, distance, draw
+from proofs.kit import Limit, Oracle, affine, distance, draw, heads, rows
 
 
-@by_head
-def reference(module, head, q, k, v, real):
+def reference(module, x, mask=None):
+    tops = {}
+    for b, row, real in rows(x, mask):
+        for head, _, k, v in heads(module, row):
+            scaled = keys_and_values(module, k, v, real)[0] / scale_of(module)
+            if len(scaled) and module.kernel == "softmax":
+                tops[b, head] = (scaled @ module.features.T).max()
+    out, highest = torch.zeros_like(x), torch.stack(list(tops.values())).max() if tops else None
+    for b, row, real in rows(x, mask):
+        mixed = []
+        for head, q, k, v in heads(module, row):
+            top = highest if module.coupled_stabiliser else tops.get((b, head))
+            mixed.append(one_head(module, q, *keys_and_values(module, k, v, real), top) if real else q)
+        if real:
+            out[b, real] = affine(module.out, torch.cat(mixed, dim=-1)[real])
+    return out
+
+
+def keys_and_values(module, k, v, real):
     if not module.use_mask:
-        real = list(range(len(k)))
-    elif module.zero_padding:
+        return k, v
+    if module.zero_padding:
         kept = torch.tensor([[float(j in set(real))] for j in range(len(k))], dtype=k.dtype)
-        k, v, real = k * kept, v * kept, list(range(len(k)))
-    k, v = k[real], v[real]
+        return k * kept, v * kept
+    return k[real], v[real]
+
+
+def scale_of(module):
+    return module.place.head_dim ** (0.5 if module.double_scaling else 0.25)
+
+
+def one_head(module, q, k, v, top):
     if module.kernel == "relu":
         f_q, f_k = (x if module.features is None else x @ module.features.T for x in (q, k))
         f_q, f_k = (torch.where(x > 0, x, 0.0) + module.eps for x in (f_q, f_k))
     else:
-        scale = q.shape[-1] ** (0.5 if module.double_scaling else 0.25)
-        f_q, f_k = favor_features(q / scale, k / scale, module.features, module.eps)
+        scale = scale_of(module)
+        f_q, f_k = favor_features(q / scale, k / scale, module.features, module.eps, top)
     kernel = f_q @ f_k.T
     return kernel @ v / kernel.sum(dim=-1, keepdim=True)
 
 
-def favor_features(q, k, features, eps):
+def favor_features(q, k, features, eps, top):
     scores_q, scores_k = q @ features.T, k @ features.T
     f_q = torch.exp(scores_q - (q * q).sum(1, True) / 2 - scores_q.max(dim=1, keepdim=True).values) + eps
-    return f_q, torch.exp(scores_k - (k * k).sum(1, True) / 2 - scores_k.max()) + eps
+    return f_q, torch.exp(scores_k - (k * k).sum(1, True) / 2 - top) + eps
 
 
 CASES = [
@@ -36,6 +60,7 @@ CASES = [
     {"num_features": 7},
     {"num_features": 32, "eps": 1e-2},
     {"num_features": 7, "double_scaling": True, "zero_padding": True},
+    {"num_features": 7, "coupled_stabiliser": True},
     {"num_features": 7, "kernel": "relu"},
     {"num_features": 0, "kernel": "relu", "eps": 1e-3, "use_mask": False},
 ]

@@ -22,6 +22,7 @@ def reference(module, x, mask=None):
 def one_head(module, head, q, k, v, real):
     d = v.shape[1]
     scale = torch.log(1 + torch.exp(module.scale[head]))
+    scale = torch.where(scale < 0.01, 0.01, scale)
     power = 1 + module.alpha / (1 + torch.exp(-module.power[head]))
     same, other = kernels(q / scale, k[real] / scale, power)
     halves = [(same, v[real, : d // 2]), (other, v[real, d // 2 :])]
@@ -49,7 +50,7 @@ def convolved(module, v, real):
 CASES = [
     {},
     {"kernel_size": 0, "gate": False},
-    {"kernel_size": 3, "alpha": 0.0, "eps": 1e-1},
+    {"kernel_size": 3, "alpha": 1e-2, "eps": 1e-1},
     {"kernel_size": 7, "alpha": 1.5, "gate": False},
 ]
 
