@@ -11,12 +11,15 @@ Padding  padded keys get weight zero; the last block is that of a row's last rea
 Differs  blocks of a row, not of its padded length, so that padding changes nothing; a block counts once, and
          a short row is treated as a long one (released codes: other patterns or all keys). Random blocks are
          drawn evenly from those that are neither near nor global, as a function of seed, layer, head, block
-         and row length; random_within=1024 keeps them within the first tokens, as the released benchmark does
-         (which for the two blocks before the last also leaves out up to four more)
+         and row length. Of the released benchmark, as options: random_within=1024 keeps them within the first
+         tokens (where it leaves out up to four more for the two blocks before the last); append_zeros=True
+         adds 1 to block_size zero inputs at the end, real keys for all, so that a length of whole blocks gets
+         one more, which is then the last. It has no dropout of attention weights
 """
 # b batch, h heads, l length, d head dim, n blocks, c tokens of a block, m keys a block sees, r random blocks
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.blocks import Part, block_attention, in_blocks, label_blocks, label_windows, real_keys, windows
@@ -132,6 +135,7 @@ class BigBird(Mixer):
         block_size: int = 64,
         num_random: int = 3,
         random_within: int = 0,
+        append_zeros: bool = False,
         block_seed: int = 0,
         attn_dropout: float = 0.0,
     ) -> None:
@@ -141,13 +145,34 @@ class BigBird(Mixer):
                 "bigbird needs block_size >= 1, num_random >= 0, random_within 0 (anywhere) or two blocks; "
                 f"got block_size={block_size}, num_random={num_random}, random_within={random_within}"
             )
+        if random_within % block_size:
+            raise ValueError(
+                f"bigbird draws whole blocks: random_within={random_within} is no multiple of "
+                f"block_size={block_size}"
+            )
+        if not num_random and (random_within or block_seed):
+            raise ValueError(
+                "bigbird with num_random=0 draws no blocks; leave random_within=0 and block_seed=0, got "
+                f"random_within={random_within}, block_seed={block_seed}"
+            )
         self.block_size, self.num_random = block_size, num_random
-        self.random_within = random_within
+        self.random_within, self.append_zeros = random_within, append_zeros
         self.attn_dropout = nn.Dropout(attn_dropout)
         generator = torch.Generator().manual_seed((block_seed * 1_000_003 + place.layer_index) % 2**63)
-        shape = (-(-place.max_len // block_size), place.num_heads, num_random)
+        num_blocks = -(-(place.max_len + append_zeros) // block_size)
+        shape = (num_blocks, place.num_heads, num_random)
         draws = torch.randint(2**DRAW_BITS, shape, generator=generator).transpose(0, 1)
         self.register_buffer("draws", draws.contiguous(), persistent=False)
+        if append_zeros:
+            reason = "append_zeros=True: the last block is that of the padded length, and real for every row"
+            self.traits = self.traits.but(reason, length_invariant=False)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        if not self.append_zeros:
+            return super().forward(x, mask)
+        fill = self.block_size - x.shape[1] % self.block_size
+        mask = None if mask is None else F.pad(mask, (0, fill), value=True)
+        return super().forward(F.pad(x, (0, 0, 0, fill)), mask)[:, : x.shape[1]]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         options = {"block_size": self.block_size, "draws": self.draws, "random_within": self.random_within}

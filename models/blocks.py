@@ -39,9 +39,8 @@ def block_attention(q: Tensor, parts: Sequence[Part], *, dropout: float = 0.0) -
     q, scores = q * q.shape[-1] ** -0.5, []
     for part in parts:
         (score,) = at_least_fp32(torch.einsum(f"bhncd,bh{part.axes}->bhncm", q, part.k))
-        unseen = (~part.seen).to(score.dtype) * torch.finfo(score.dtype).min  # any score is lost beside it
-        scores.append(score + unseen)
-        del score, unseen
+        scores.append(score.masked_fill(~part.seen, torch.finfo(score.dtype).min))  # its gradient is zero too
+        del score
     weights, total = unnormalised(scores)
     shares = [
         torch.einsum(f"bhncm,bh{part.axes}->bhncd", F.dropout(weight.to(q.dtype), dropout), part.v)
@@ -69,7 +68,9 @@ def unnormalised(scores: list[Tensor]) -> tuple[list[Tensor], Tensor | None]:
 def in_blocks(x: Tensor, size: int) -> Tensor:
     """[... l d] -> [... n c d]: blocks are cut from the start, the last one is filled with zeros."""
     fill = -x.shape[-2] % size
-    x = F.pad(x.contiguous(), (0, 0, 0, fill))  # a copy, since compiled padding by nothing must not alias
+    x = F.pad(
+        x.contiguous(), (0, 0, 0, fill)
+    )  # padding by nothing keeps strides, padding by something does not
     return x.unflatten(-2, (-1, size))
 
 

@@ -12,7 +12,8 @@ Padding  padded queries take no part in clusters, padded keys get weight zero
 Differs  K-means starts from real queries evenly apart (released code: any) and a row of at most num_clusters
          real tokens has each in a cluster of its own; an empty cluster keeps its code, of equal distances the
          first cluster is nearer, of equal votes a bit is one; hash planes are alike for all rows and fixed in
-         evaluation (released code: drawn in every call)
+         evaluation, and each head has its own (released code: one set for all heads, drawn in every call);
+         they go through the origin, and hash_bias=True gives each a normal offset, as the released code does
 """
 # b batch, h heads, l length, d head dim, c clusters, k keys of a cluster, n blocks, s slots of a block
 
@@ -30,7 +31,10 @@ MOST_SLOTS = 32  # queries of one cluster are laid out in blocks of at most so m
 def assign(
     q: Tensor, mask: Tensor | None, planes: Tensor, *, num_clusters: int, num_iterations: int
 ) -> Tensor:
-    """The cluster of each query: q [b h l d], mask [b l] or None, planes [h d bits] -> [b h l] int64."""
+    """The cluster of each query: q [b h l d], mask [b l] or None, planes [h d bits] -> [b h l] int64.
+
+    If planes have d + 1 rows, the last holds their offsets.
+    """
     length = q.shape[2]
     real = torch.ones(1, length, dtype=torch.bool, device=q.device) if mask is None else mask
     count = real.sum(dim=-1, keepdim=True)  # [b 1]
@@ -38,7 +42,8 @@ def assign(
     in_order = (~real).to(torch.uint8).sort(dim=-1, stable=True).indices  # real positions first
     start = in_order.gather(1, (every * count) // num_clusters)  # [b c]
     with full_precision(q):
-        codes = torch.einsum("bhld,hdk->bhlk", q, planes.to(q.dtype)) > 0
+        planes, offset = planes.to(q.dtype).tensor_split([q.shape[-1]], dim=1)
+        codes = torch.einsum("bhld,hdk->bhlk", q, planes) + offset.sum(dim=1, keepdim=True) > 0
         codes = 2 * codes.to(q.dtype) - 1  # products and sums of these are whole numbers, so exact
         centres = take_rows(codes, start[:, None].expand(*q.shape[:2], -1))  # [b h c bits]
         ballots = F.pad(codes, (0, 1), value=1.0) * real[:, None, :, None]  # the last column counts voters
@@ -86,7 +91,7 @@ def clustered_attention(
     topk: int = 32,
     dropout: float = 0.0,
 ) -> Tensor:
-    """q, k: [b h l d], v: [b h l e], mask: [b l] bool, True = real, planes: [h d bits] -> [b h l e]."""
+    """q, k: [b h l d], v: [b h l e], mask: [b l] bool, True = real, planes as in `assign` -> [b h l e]."""
     length, num_clusters = q.shape[2], min(num_clusters, q.shape[2])
     size = max(1, min(MOST_SLOTS, length // num_clusters))
     (q, k), scale = at_least_fp32(q, k), q.shape[-1] ** -0.5
@@ -103,10 +108,10 @@ def clustered_attention(
         number = (owns.mT @ counted.sum(dim=3)).clamp_min(1)
         centre = owns.mT @ (query * counted).sum(dim=3) / number  # [b h c d]
         scores = centre @ k.mT * scale  # [b h c l]
-    weights = F.dropout(masked_softmax(scores, real.unsqueeze(2)), dropout)
+    weights = masked_softmax(scores, real.unsqueeze(2))
     owns = owns.to(v.dtype)
     if not improved:
-        mixed = (owns @ (weights.to(v.dtype) @ v)).unsqueeze(3)  # [b h n 1 e]
+        mixed = (owns @ (F.dropout(weights, dropout).to(v.dtype) @ v)).unsqueeze(3)  # [b h n 1 e]
     else:
         keys, found = largest(scores, real.unsqueeze(2), min(topk, length))  # [b h c k]
         top = torch.zeros(*scores.shape[:3], length + 1, dtype=torch.bool, device=q.device)
@@ -118,7 +123,7 @@ def clustered_attention(
         scores = torch.einsum("bhnsd,bhnkd->bhnsk", (query * scale).to(v.dtype), near)
         fine = F.dropout(masked_softmax(scores, found.unsqueeze(3)).to(v.dtype), dropout)
         mixed = (owns @ mass.to(v.dtype)).unsqueeze(3) * torch.einsum("bhnsk,bhnke->bhnse", fine, seen)
-        mixed = mixed + (owns @ (rest.to(v.dtype) @ v)).unsqueeze(3)
+        mixed = mixed + (owns @ (F.dropout(rest, dropout).to(v.dtype) @ v)).unsqueeze(3)
     mixed = mixed.expand(-1, -1, -1, size, -1).flatten(2, 3).unsqueeze(2)
     return move_back(mixed, order, slot, used.unsqueeze(2)).squeeze(2)
 
@@ -138,6 +143,7 @@ class Clustered(HashingMixer):
         num_iterations: int = 10,
         improved: bool = True,
         topk: int = 32,
+        hash_bias: bool = False,
         hash_seed: int = 0,
         redraw_every: int = 1,
         attn_dropout: float = 0.0,
@@ -149,9 +155,13 @@ class Clustered(HashingMixer):
                 f"num_clusters={num_clusters}, bits={bits}, topk={topk}, num_iterations={num_iterations}"
             )
         check_hashing("clustered", hash_seed, redraw_every)
+        if not improved and topk != 32:
+            raise ValueError(
+                f"clustered with improved=False has no top keys and no use for topk={topk}; leave it at 32"
+            )
         self.num_clusters, self.num_iterations = num_clusters, num_iterations
         self.improved, self.topk = improved, topk
-        shape = (place.num_heads, place.head_dim, bits)
+        shape = (place.num_heads, place.head_dim + hash_bias, bits)
         self.draw_directions(*shape, seed=hash_seed, redraw_every=redraw_every)
         self.attn_dropout = nn.Dropout(attn_dropout)
 

@@ -10,8 +10,8 @@ Computes out_i = sum_{j in N(i)} softmax_j(q_i . k_j / sqrt(d)) v_j   with   N(i
 Cost     time and memory O(L w) per head
 Exact    if window >= 2 * length (sliding) or window >= length (block, neighbours)
 Padding  padded keys, and those added to fill the last block, get weight zero; a row without real ones: 0.
-         released: place p of block b is token p n + b, but has the mask of token b w + p, a place beyond the
-         length counting as real to its like; a query that may see nothing takes the mean of its block
+         released: place p of block b is token p n + b, but has the mask of token b w + p, True past the
+         length; a query that may see nothing takes the mean of its block
 Differs  no; released leaves out that dropout was shared by batch, heads and blocks
 """
 # b batch, h heads, l length, t packed tokens, d head dim, n blocks, c tokens of a block, m keys a block sees
@@ -101,11 +101,11 @@ def released_attention(
 ) -> Tensor:
     """The pattern `released`. q, k, v: [b h nc d], c = window; mask: [b l] or [1 l] -> [b h nc d].
 
-    Tokens from l on are those of the inputs that filled the last block.
+    Tokens from l on are those of the inputs that filled the last block: the code fills its mask, which is
+    bool, with -1e9, and that is True.
     """
-    fill = q.shape[-2] - mask.shape[-1]
-    sign = F.pad(mask.long(), (0, fill), value=-1).unflatten(-1, (-1, window))  # [b n c] contiguous blocks
-    seen = (sign[..., :, None] * sign[..., None, :] > 0)[:, None]  # a product of masks: two negatives see
+    real = F.pad(mask, (0, q.shape[-2] - mask.shape[-1]), value=True).unflatten(-1, (-1, window))  # [b n c]
+    seen = (real[..., :, None] & real[..., None, :])[:, None]  # of contiguous blocks
     q, k, v = (x.unflatten(-2, (window, -1)).transpose(2, 3) for x in (q, k, v))  # [b h n c d] strided blocks
     (scores,) = at_least_fp32(torch.einsum("bhncd,bhnmd->bhncm", q * q.shape[-1] ** -0.5, k))
     weights = scores.masked_fill(~seen, torch.finfo(scores.dtype).min).softmax(dim=-1).to(v.dtype)

@@ -9,7 +9,9 @@ Exact    if window >= 2 * length, apart from the global tokens, whose projection
 Padding  padded keys get weight zero, global ones too; a row without real ones gives zeros
 Differs  the first num_global tokens are global, one by default, for a [CLS] (paper: a choice of the task;
          released benchmark: num_global=0); no dilation; even_window, which the released benchmark has, takes
-         exactly w keys, one fewer before the query than after it (paper: half a window on each side)
+         exactly w keys, one fewer before the query than after it (paper: half a window on each side); the
+         projections of global tokens are built as copies of the others, as in the paper, but a backbone that
+         initialises linear maps itself (init=xavier, normal) draws each anew
 """
 # b batch, h heads, l length, d head dim, n blocks, c tokens of a block, m keys a block sees, g global tokens
 
@@ -57,7 +59,7 @@ def longformer_attention(
 
 @register("longformer")
 class Longformer(Mixer):
-    """Projections and dropout around `longformer_attention`; those of global tokens start as the others."""
+    """Projections and dropout around `longformer_attention`; those of global tokens are built as copies."""
 
     traits = Traits(uses_order=True)
 
@@ -123,5 +125,5 @@ class Longformer(Mixer):
         return parts
 
     def state_size(self, length: int) -> int:
-        seen = 2 * (self.window // 2) + 1 + self.num_global
+        seen = 2 * (self.window // 2) + (not self.even_window) + self.num_global
         return 2 * min(seen, length) * self.place.num_heads * self.place.head_dim

@@ -7,13 +7,15 @@ Computes out_i = sum_{j in P(i)} softmax_j(q_i . k_j / sqrt(d)) v_j   with   k_j
          ({i} if there is none); each j counts once, however many rounds it is met in
 Cost     time O(L log L + H L C D), memory O(H L C) per head; H rounds, C = bucket_size
 Exact    if num_buckets=1 and bucket_size >= length: softmax of q and q / |q| over all other tokens
-Padding  padded tokens are sorted behind all buckets, are no keys, and their own outputs are zero
+Padding  padded tokens are sorted behind all buckets, see nothing, are no keys, and have zeros as outputs
 Differs  the number of buckets comes from max_len, not from the length (2 max_len / bucket_size, above 128 the
          product of two hashes, as in trax); rotations are alike for all rows and fixed in evaluation; with
-         rotary positions the hash is of the vectors before the turn. Released code, as options:
-         across_buckets (trax, transformers), score_scale, unit_keys, mask_self, num_chunks,
-         output_projection, use_mask (the benchmark has all of these with num_hashes=1 num_buckets=10
-         num_chunks=10 redraw_every=0; it also fills the last chunk with zero tokens that take part)
+         rotary positions the hash is of the vectors before the turn. Released code, as options: trax and
+         transformers do not divide scores by sqrt(d) and look across buckets (score_scale=none
+         across_buckets=True). The benchmark has num_hashes=1 num_buckets=10 num_chunks=10 redraw_every=0
+         across_buckets=True score_scale=multiplied unit_keys=False mask_self=False output_projection=False
+         use_mask=False append_zeros=True: 1 to num_chunks zero inputs at the end are projected, hashed,
+         sorted and seen like any token
 """
 # b batch, h heads, l length, d head dim, r rounds, n chunks, c slots of a chunk, m slots that a chunk sees
 
@@ -25,7 +27,6 @@ from models.common import Mixer, Place, Traits, at_least_fp32, full_precision, r
 from models.selection import HashingMixer, check_hashing, exact_linear, move, move_back, some_rows
 
 SCALES = {"divided": -0.5, "none": 0.0, "multiplied": 0.5}  # powers of the head width
-ALONE = -1e5  # the score of a token with itself: it counts only where there is nothing else
 FACTORED_FROM = 128  # more buckets than this are pairs of two smaller hashes
 FAR = 2**30  # apart from every bucket and chunk
 
@@ -89,12 +90,14 @@ def lsh_attention(
         order, where = (F.pad(x, (0, places - length)) for x in (order, where))
         options = {"chunk": chunk, "across": across_buckets, "mask_self": mask_self}
         bias = _bias(order, slot, where, padded, dtype=at_least_fp32(v)[0].dtype, **options)  # [b h r n c m]
+        kept = bias > torch.finfo(bias.dtype).min
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     k = F.normalize(q, dim=-1) if unit_keys else q
     moved = move(torch.cat([(q * scale).to(v.dtype), k.to(v.dtype), v], dim=-1), order, slot)
     query, key, value = moved.unflatten(3, (-1, chunk)).split([q.shape[-1], q.shape[-1], v.shape[-1]], dim=-1)
     key, value = (_with_previous(x, across_buckets) for x in (key, value))
-    scores = torch.einsum("bhrncd,bhrnmd->bhrncm", query, key) + bias
+    scores = torch.einsum("bhrncd,bhrnmd->bhrncm", query, key)
+    scores = torch.where(kept, scores + bias, bias)
     with torch.no_grad():  # one maximum for all rounds of a token, so that their sums can be added
         top = scores.amax(dim=-1).flatten(3).gather(-1, slot).amax(dim=2, keepdim=True)  # [b h 1 l]
         top = top.expand_as(slot).gather(-1, order).clamp_min(torch.finfo(top.dtype).min)
@@ -125,13 +128,15 @@ def _bias(
     across: bool,
     mask_self: bool,
 ) -> Tensor:
-    """What is added to scores: -log of how many rounds a pair meets in, `ALONE`, or -inf where it may not.
+    """What is added to scores: -log of how many rounds a pair meets in. What stands in place of scores: the
+    lowest number for a token with itself, so that it counts only where there is nothing else, -inf where a
+    pair may not meet; slots that are padded or hold no token meet none.
 
     order, where, padded: [b h r s], slot: [b h r l] -> [b h r n c m].
     """
 
     def pair(x: Tensor) -> tuple[Tensor, Tensor]:
-        x = x.int().unflatten(-1, (-1, chunk))
+        x = x.unflatten(-1, (-1, chunk))
         return x[..., :, None], _with_previous(x, across)[..., None, :]
 
     def met(query: Tensor, key: Tensor) -> Tensor:
@@ -139,7 +144,7 @@ def _bias(
 
     query, key = pair(order)
     bias = torch.zeros((), dtype=dtype, device=order.device).expand(*query.shape[:-1], key.shape[-1])
-    seen = pair(padded)[1] == 0
+    seen = ~torch.logical_or(*pair(padded))
     if not across:
         seen = seen & met(*pair(where))
         by_token, times = where.gather(-1, slot), torch.zeros((), dtype=torch.uint8, device=order.device)
@@ -147,7 +152,7 @@ def _bias(
             times = times + met(*pair(by_token[:, :, r : r + 1].expand_as(slot).gather(-1, order)))
         bias = bias - times.clamp_min(1).to(dtype).log()
     bias = bias.masked_fill(~seen, -torch.inf)
-    return bias.masked_fill((query == key) & seen, ALONE) if mask_self else bias
+    return bias.masked_fill((query == key) & seen, torch.finfo(dtype).min) if mask_self else bias
 
 
 @register("reformer")
@@ -170,6 +175,7 @@ class Reformer(HashingMixer):
         mask_self: bool = True,
         output_projection: bool = True,
         use_mask: bool = True,
+        append_zeros: bool = False,
         hash_seed: int = 0,
         redraw_every: int = 1,
         attn_dropout: float = 0.0,
@@ -187,13 +193,25 @@ class Reformer(HashingMixer):
                 f"bucket_size={bucket_size}, num_buckets={num_buckets}, num_chunks={num_chunks}"
             )
         check_hashing("reformer", hash_seed, redraw_every)
+        if append_zeros and not num_chunks:
+            raise ValueError("reformer with append_zeros=True fills num_chunks chunks; set num_chunks, got 0")
+        if num_buckets == 1 and (hash_seed, redraw_every) != (0, 1):
+            raise ValueError(
+                "reformer with num_buckets=1 has no hash; leave hash_seed=0 and redraw_every=1, got "
+                f"hash_seed={hash_seed}, redraw_every={redraw_every}"
+            )
+        if num_chunks and num_buckets and bucket_size != 64:
+            raise ValueError(
+                f"reformer with num_chunks and num_buckets set has no use for bucket_size={bucket_size}; "
+                "leave it at 64"
+            )
         inner = place.num_heads * place.head_dim
         self.qkv = nn.Linear(place.d_model, 2 * inner, bias=place.bias)
         needed = output_projection or inner != place.d_model
         self.out = nn.Linear(inner, place.d_model, bias=place.bias) if needed else nn.Identity()
         self.bucket_size, self.num_chunks, self.across_buckets = bucket_size, num_chunks, across_buckets
         self.score_scale, self.unit_keys, self.mask_self = score_scale, unit_keys, mask_self
-        self.num_hashes, self.use_mask = num_hashes, use_mask
+        self.num_hashes, self.use_mask, self.append_zeros = num_hashes, use_mask, append_zeros
         self.sizes = hash_sizes(num_buckets or 2 * -(-place.max_len // bucket_size))
         shape = (place.num_heads, num_hashes, place.head_dim, sum(self.sizes) // 2)
         self.draw_directions(*shape, seed=hash_seed, redraw_every=redraw_every)
@@ -209,7 +227,10 @@ class Reformer(HashingMixer):
             self.traits = self.traits.but(reason, content_invariant=False, length_invariant=False)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        inner = self.place.num_heads * self.place.head_dim
+        inner, length = self.place.num_heads * self.place.head_dim, x.shape[1]
+        if self.append_zeros:
+            fill = self.num_chunks - length % self.num_chunks
+            x, mask = F.pad(x, (0, 0, 0, fill)), None if mask is None else F.pad(mask, (0, fill), value=True)
         q = self.heads(exact_linear(self.qkv, x, 0, inner))
         v = self.heads(some_rows(self.qkv, x, inner, inner))
         mixed = lsh_attention(
@@ -224,7 +245,7 @@ class Reformer(HashingMixer):
             mask_self=self.mask_self,
             dropout=self.attn_dropout.p if self.training else 0.0,
         )
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        return self.out(mixed[:, :, :length].transpose(1, 2).flatten(2))
 
     def state_size(self, length: int) -> int:
         seen = length if self.num_chunks else min(2 * self.num_hashes * self.bucket_size, length)

@@ -13,9 +13,11 @@ Padding  padded tokens are never among the w largest and take no part in centroi
          row with fewer than w real tokens has all of them in each cluster
 Differs  num_clusters and window come from max_len; centroids start as normalised normal vectors decided by
          centroid_seed, as in the released code (the package routing-transformer: k-means of the first batch),
-         and move once per step by all tokens since the last (released: by averages of sums and of counts); of
-         equal products the earlier token's is larger; without the shared projection of the causal form;
-         use_mask=False, an option, routes padding like any token, as that package does
+         and move once per step by the mean of all tokens since the last (paper: by half the sum of queries
+         and half that of keys; released: by averages of sums and of counts), never by one that is not finite;
+         of equal products the earlier token's is larger; the mean over a token's clusters divides by their
+         number (released: by 1e-2 more); without the shared projection of the causal form; use_mask=False, an
+         option, routes padding like any token, as that package does
 """
 # b batch, h heads, l length, d head dim, c clusters, w tokens of a cluster
 
@@ -121,6 +123,11 @@ class Routing(ChoosingMixer):
                 f"routing needs num_local_heads from 0 to {place.num_heads - 1}, so that a head is left to "
                 f"route; got {num_local_heads}"
             )
+        if not heads and local_window != 64:
+            raise ValueError(
+                f"routing without local heads has no use for local_window={local_window}; leave it at 64 or "
+                "raise num_local_heads"
+            )
         self.num_local_heads, self.decay, self.commitment, self.use_mask = heads, decay, commitment, use_mask
         self.num_clusters = num_clusters or max(1, round(place.max_len**0.5))
         self.window = window or -(-place.max_len // self.num_clusters)
@@ -178,7 +185,8 @@ class Routing(ChoosingMixer):
     def training_update(self, step: int) -> None:
         count = self.counts.unsqueeze(-1)
         moved = torch.lerp(self.sums / count.clamp_min(1), self.centroids, self.decay)
-        self.centroids.copy_(torch.where(count > 0, moved, self.centroids))
+        some = (count > 0) & moved.isfinite().all(dim=-1, keepdim=True)
+        self.centroids.copy_(torch.where(some, moved, self.centroids))
         self.sums.zero_()
         self.counts.zero_()
 

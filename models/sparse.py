@@ -174,6 +174,15 @@ class Sparse(Mixer):
             raise ValueError(
                 f"first_column is about summaries, which pattern={pattern} has not; use pattern=fixed"
             )
+        if pattern == "strided" and num_summary != 32:
+            raise ValueError(
+                f"num_summary={num_summary} is about summaries, which pattern=strided has not; leave it at "
+                "32 or use pattern=fixed"
+            )
+        if first_column and num_summary == stride:
+            raise ValueError(
+                f"first_column adds nothing where all of a block is its summary, num_summary=stride={stride}"
+            )
         self.split = split
         self.sets = ("near", "far")[place.layer_index % 2] if split == "layers" else "both"
         self.options = {"pattern": pattern, "stride": stride, "num_summary": num_summary, "causal": causal}

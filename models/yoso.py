@@ -8,11 +8,11 @@ Cost     expectation: time O(L^2 D), memory O(L^2). sampled: time O(H L D) forwa
          memory O(L (D + H) + 2^bits D); H = num_hashes
 Exact    no: another kernel than softmax; sampled, its error against the expectation falls as H^(-1/2)
 Padding  padded values are zero, so padded keys add nothing; a row without real keys gives zeros
-Differs  the expectation is the default and has its own derivative, held where vectors are within 1e-3 of
-         parallel (there it has none), so that outputs and gradients belong together; the paper trains with
-         the lower bound bits / 2 * p of dp / d(q . k), here exact_gradient=False. The sample, which is flat
-         almost everywhere, always has that bound, estimated by its own collisions as in the paper; hashes are
-         alike for all rows and fixed in evaluation (released code: drawn in every call)
+Differs  the expectation is the default. Gradients are the paper's: in place of dp / d(q . k) its lower bound
+         bits / 2 * p, which the sample estimates by its own collisions; exact_gradient=True, for the
+         expectation, is the derivative itself, held where vectors are within 1e-3 of parallel (there it has
+         none). Hashes are alike for all rows and fixed in evaluation (released code: drawn in every call);
+         y is divided by its largest number before |y| is taken, so that none is too short for it
 """
 # b batch, h heads, l length, d head dim (keys), e head dim (values), m hashes
 
@@ -27,6 +27,7 @@ from models.selection import HashingMixer, add_rows, check_hashing, take_rows
 
 LEAST_SINE = 1e-3  # of the angle, in the derivative of arccos
 MOST_BITS = 16
+ROOM = 1e4  # between the shortest row that can be told from zero and the least number, for its gradient
 PRODUCTS = 256  # numbers a token holds at a time in the sampled gradient
 
 
@@ -106,7 +107,7 @@ def yoso_attention(
     *,
     bits: int,
     planes: Tensor | None = None,
-    exact_gradient: bool = True,
+    exact_gradient: bool = False,
     conv_weight: Tensor | None = None,
 ) -> Tensor:
     """q, k: [b h l d], v: [b h l e], mask: [b l] bool, True = real -> [b h l e].
@@ -124,19 +125,30 @@ def yoso_attention(
     else:
         q_code, k_code = (hash_codes(x, planes, bits) for x in (q, k))
         mixed = _Sample.apply(q, k, v.to(q.dtype), q_code, k_code, bits)
-    mixed = F.normalize(mixed.to(q.dtype), dim=-1)
+    mixed = unit_rows(mixed.to(q.dtype))
     if conv_weight is not None:
         padding = (conv_weight.shape[-2] // 2, 0)
         mixed = mixed + F.conv2d(v, conv_weight.to(dtype), padding=padding, groups=conv_weight.shape[0])
     return mixed.to(dtype)
 
 
+def unit_rows(y: Tensor) -> Tensor:
+    """y / |y| over the last axis, zeros for zeros."""
+    size = y.detach().abs().amax(dim=-1, keepdim=True)
+    y = y / torch.where(size > ROOM * torch.finfo(y.dtype).tiny, size, 1.0)
+    return F.normalize(y, dim=-1)
+
+
 @register("yoso")
 class Yoso(HashingMixer):
-    """Projections, hash planes and, unless `conv_kernel` is 0, a convolution around `yoso_attention`."""
+    """Projections, hash planes and, unless `kernel_size` is 0, a convolution around `yoso_attention`."""
 
-    traits = Traits().but(
-        "the expectation is over all pairs; expectation=False samples it", quadratic_memory=True
+    traits = (
+        Traits()
+        .but("the expectation is over all pairs; expectation=False samples it", quadratic_memory=True)
+        .but(
+            "the gradient by queries and keys is the paper's bound on the derivative", surrogate_gradient=True
+        )
     )
 
     def __init__(
@@ -146,31 +158,40 @@ class Yoso(HashingMixer):
         expectation: bool = True,
         bits: int = 11,
         num_hashes: int = 32,
-        exact_gradient: bool = True,
-        conv_kernel: int = 0,
+        exact_gradient: bool = False,
+        kernel_size: int = 0,
         hash_seed: int = 0,
         redraw_every: int = 1,
     ) -> None:
         super().__init__(place)
-        odd_or_none = conv_kernel == 0 or (conv_kernel > 0 and conv_kernel % 2 == 1)
+        odd_or_none = kernel_size == 0 or (kernel_size > 0 and kernel_size % 2 == 1)
         if not 1 <= bits <= MOST_BITS or num_hashes < 1 or not odd_or_none:
             raise ValueError(
-                f"yoso needs bits from 1 to {MOST_BITS}, num_hashes >= 1, conv_kernel odd or 0 (none); got "
-                f"bits={bits}, num_hashes={num_hashes}, conv_kernel={conv_kernel}"
+                f"yoso needs bits from 1 to {MOST_BITS}, num_hashes >= 1, kernel_size odd or 0 (none); got "
+                f"bits={bits}, num_hashes={num_hashes}, kernel_size={kernel_size}"
             )
         check_hashing("yoso", hash_seed, redraw_every)
+        if expectation and (num_hashes, hash_seed, redraw_every) != (32, 0, 1):
+            raise ValueError(
+                "yoso with expectation=True draws no hashes; leave num_hashes=32, hash_seed=0, "
+                f"redraw_every=1 or set expectation=False; got {num_hashes}, {hash_seed}, {redraw_every}"
+            )
+        if exact_gradient and not expectation:
+            raise ValueError(
+                "yoso with expectation=False is flat almost everywhere and always has the paper's gradient; "
+                "leave exact_gradient=False"
+            )
         self.bits, self.expectation, self.exact_gradient = bits, expectation, exact_gradient
         shape = (place.num_heads, place.head_dim, num_hashes * bits)
         if not expectation:
             self.draw_directions(*shape, seed=hash_seed, redraw_every=redraw_every)
-            self.traits = Traits()
-        if not (expectation and exact_gradient):
-            reason = "the gradient by queries and keys is the paper's bound on the derivative"
-            self.traits = self.traits.but(reason, surrogate_gradient=True)
+            self.traits = self.traits.but("", quadratic_memory=False)
+        if exact_gradient:
+            self.traits = self.traits.but("", surrogate_gradient=False)
         self.conv_weight = None
-        if conv_kernel:
-            self.conv_weight = nn.Parameter(torch.empty(place.num_heads, 1, conv_kernel, 1))
-            bound = conv_kernel**-0.5  # the start that torch gives a Conv2d of this shape
+        if kernel_size:
+            self.conv_weight = nn.Parameter(torch.empty(place.num_heads, 1, kernel_size, 1))
+            bound = kernel_size**-0.5  # the start that torch gives a Conv2d of this shape
             nn.init.uniform_(self.conv_weight, -bound, bound)
             self.traits = self.traits.but("", uses_order=True)
 

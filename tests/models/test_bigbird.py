@@ -60,6 +60,20 @@ def test_random_within_the_first_1024_tokens_as_released_lies_in_their_blocks():
     assert seen[1:10].sum() >= 3
 
 
+@pytest.mark.parametrize(("length", "filled"), [(30, 32), (32, 36)])
+def test_append_zeros_makes_zero_inputs_keys_in_a_last_block_also_of_whole_blocks(length, filled):
+    own = {"block_size": 4, "num_random": 1}
+    mechanism, plain = layer(append_zeros=True, **own).double(), layer(**own).double()
+    plain.load_state_dict(mechanism.state_dict())
+    x, mask = torch.randn(2, length, 8).double(), torch.arange(length) < torch.tensor([[length], [11]])
+    real = torch.nn.functional.pad(mask, (0, filled - length), value=True)
+    expected = plain(torch.nn.functional.pad(x, (0, 0, 0, filled - length)), real)[:, :length]
+    torch.testing.assert_close(mechanism(x, mask), expected, **EXACT)
+    assert (expected - plain(x, mask)).abs()[mask].amax(dim=-1).min() > 1e-6
+    assert "length_invariant" in mechanism.traits.exceptions()
+    assert layer(max_len=32, append_zeros=True, **own)(x[:, :32].float()).shape == x.shape
+
+
 def test_unlimited_random_blocks_come_from_anywhere():
     assert max(max(blocks) for blocks in chosen(draws_of(40), 40)) > 30
 
@@ -125,6 +139,19 @@ def test_dropout_acts_on_weights_and_in_training_only():
 def test_a_length_beyond_the_longest_is_refused():
     with pytest.raises(ValueError, match="raise max_len"):
         layer(max_len=16, block_size=4)(torch.randn(1, 17, 8))
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"num_random": 0, "block_seed": 4},
+        {"num_random": 0, "random_within": 512},
+        {"random_within": 200},
+    ],
+)
+def test_options_that_would_do_nothing_or_less_than_they_say_are_refused(own):
+    with pytest.raises(ValueError, match="bigbird"):
+        layer(**own)
 
 
 @pytest.mark.parametrize("own", [{"block_size": 0}, {"num_random": -1}, {"random_within": 100}])

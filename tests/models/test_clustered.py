@@ -133,6 +133,53 @@ def test_planes_change_in_training_and_are_those_of_the_seed_in_evaluation():
     assert torch.equal(layer.eval().directions, build("clustered", PLACE, redraw_every=0).directions)
 
 
+def test_every_output_is_made_of_weights_that_are_dropped_once():
+    """One key has all the weight: an output is its value over 1 - p in a share 1 - p of queries, else 0."""
+    q, k, v = (torch.full((1, 1, 6400, 4), x) for x in (1.0, 0.0, 1.0))
+    k[:, :, 0] = 20.0
+    options = {"planes": torch.randn(1, 4, 8), "num_clusters": 4, "topk": 4, "dropout": 0.25}
+    found = clustered_attention(q, k, v, **options)[0, 0, :, 0]
+    kept = found > 0.1
+    assert 0.72 < kept.float().mean() < 0.78  # twice dropped: 0.56; standard deviation 0.006
+    torch.testing.assert_close(found[kept], torch.full_like(found[kept], 4 / 3))
+
+
+def test_dropout_acts_on_shared_patterns_and_on_corrections_alike():
+    q, k, _ = qkv()
+    values = torch.ones(2, 2, 60, 1, dtype=torch.float64)
+    options = {"planes": drawn(2, 8, 16), "num_clusters": 5, "dropout": 0.5}
+
+    def outputs(**own):  # [b h l], 1 without dropout
+        return clustered_attention(q, k, values, **options, **own)[..., 0]
+
+    assert not torch.allclose(outputs(improved=False), values[..., 0])
+    assert not torch.allclose(outputs(topk=60), values[..., 0])  # the corrections are all there is
+    k[:, :, 0] = 40 * q.mean(dim=2)
+    shared = torch.zeros(2, 2, 60, 1, dtype=torch.float64)
+    cluster = assign(q, None, options["planes"], num_clusters=5, num_iterations=10)
+    top = (k[0, 0] @ q[0, 0, cluster[0, 0] == 0].mean(dim=0)).argmax()
+    shared[...] = 1.0
+    shared[0, 0, top] = 0.0  # with topk=1 the first head's cluster 0 gets the rest of its pattern alone
+    found = clustered_attention(q, k, shared, topk=1, **options)[0, 0, cluster[0, 0] == 0, 0]
+    plain = clustered_attention(q, k, shared, topk=1, **{**options, "dropout": 0.0})
+    assert not torch.allclose(found, plain[0, 0, cluster[0, 0] == 0, 0], rtol=1e-6, atol=1e-12)
+
+
+def test_hash_bias_moves_planes_off_the_origin():
+    q, planes = drawn(2, 2, 60, 8), drawn(2, 9, 1)
+    planes[:, 8] = torch.tensor([[1e3], [0.0]])
+    options = {"num_clusters": 2, "num_iterations": 3}
+    cluster = assign(q, None, planes, **options)
+    assert not cluster[:, 0].any()  # all on one side: of equal codes the first cluster is nearer
+    assert torch.equal(cluster[:, 1], assign(q, None, planes[:, :8], **options)[:, 1])
+    assert build("clustered", PLACE, hash_bias=True, bits=5).directions.shape == (2, 9, 5)
+
+
+def test_topk_without_corrections_is_refused():
+    with pytest.raises(ValueError, match="improved=False has no top keys"):
+        build("clustered", PLACE, improved=False, topk=7)
+
+
 @pytest.mark.parametrize(
     "own",
     [{"num_clusters": 0}, {"bits": 0}, {"topk": 0}, {"num_iterations": -1}, {"redraw_every": -1}],

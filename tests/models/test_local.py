@@ -3,6 +3,7 @@
 from functools import partial
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -115,6 +116,27 @@ def test_one_compiled_graph_serves_lengths_that_fill_their_blocks_and_lengths_th
     torch._dynamo.reset()
 
 
+OF_BLOCKS = [
+    ("local", {"window": 16}),
+    ("sparse", {"stride": 16}),
+    ("sparse", {"pattern": "fixed", "stride": 16, "num_summary": 4, "num_global": 1}),
+    ("longformer", {"window": 16}),
+    ("bigbird", {"block_size": 16}),
+]
+
+
+@pytest.mark.parametrize(("name", "own"), OF_BLOCKS, ids=str)
+def test_padded_content_that_overflows_half_precision_leaves_gradients_finite(name, own):
+    layer = build(name, Place(d_model=64, num_heads=2, max_len=100), **own).eval()
+    x, mask = torch.randn(2, 100, 64), torch.arange(100) < torch.tensor([100, 37])[:, None]
+    x = torch.where(mask[..., None], x, 1e3 * x).requires_grad_()
+    with torch.autocast("cpu", torch.float16):
+        out = layer(x, mask)
+    out[mask].float().square().sum().backward()
+    assert x.grad.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in layer.parameters())
+
+
 def test_dropout_acts_on_weights_and_in_training_only():
     mechanism = build("local", Place(d_model=8, num_heads=2, max_len=9), window=4, attn_dropout=0.5)
     x = torch.randn(2, 9, 8)
@@ -142,12 +164,37 @@ def test_released_blocks_are_strided_and_their_masks_contiguous():
         0: attend(0, [0, 2, 6]),  # masks 0 1 3 are True: places 0 1 3 of the even tokens, padded or not
         4: v[0, 0, [0, 2, 4, 6]].mean(dim=0),  # stands where mask 2 does: sees nothing, so the mean
         6: attend(6, [0, 2, 6]),
-        1: attend(1, [1, 5]),  # masks 4 and 6, though token 5 is padding
+        1: attend(1, [1, 5, 7]),  # masks 4 and 6, though token 5 is padding, and the fill of the mask
         3: v[0, 0, [1, 3, 5, 7]].mean(dim=0),
-        7: attend(7, [7]),  # beyond the length: sees its like
+        7: attend(7, [1, 5, 7]),  # beyond the length: real to all
     }
     for i, row in expected.items():
         torch.testing.assert_close(found[i], row, **EXACT)
+
+
+def test_released_fills_its_bool_mask_with_a_number_that_is_true():
+    """The code's own steps: inputs and mask padded alike, one cut into (w, n), the other into (n, w)."""
+    length, w = 23, 4
+    mask = np.arange(length)[None] < np.array([[length], [14]])
+    filled = np.pad(mask, ((0, 0), (0, w - length % w)), constant_values=-1e9)
+    n = filled.shape[1] // w
+    q, k, v = torch.randn(3, 2, 1, n * w, 4, dtype=torch.float64).unbind(0)
+    blocks = [x.reshape(2, w, n, 4).transpose(1, 2) for x in (q, k, v)]
+    marks = torch.from_numpy(filled.reshape(2, n, w))
+    unseen = ~(marks[..., None] & marks[..., None, :])
+    bias = -1e300 * unseen.double()  # any score is lost beside it
+    mixed = (blocks[0] @ blocks[1].mT / 2 + bias).softmax(dim=-1) @ blocks[2]
+    expected = mixed.transpose(1, 2).reshape(2, 1, n * w, 4)
+    found = released_attention(q, k, v, torch.from_numpy(mask), window=w)
+    torch.testing.assert_close(found, expected, **EXACT)
+
+
+def test_dropout_of_released_acts_on_weights():
+    q, k, v = (x[..., :28, :] for x in qkv())
+    mask = torch.ones(1, 27, dtype=torch.bool)
+    found = released_attention(q, k, torch.ones_like(v), mask, window=4, dropout=0.5)
+    assert (found - 1).abs().max() > 0.1
+    assert 0.8 < found.mean() < 1.2  # 1 in the mean, up to the noise of some 100 weights
 
 
 def test_released_adds_a_whole_block_of_zero_inputs_where_the_length_fills_its_blocks():
@@ -158,7 +205,7 @@ def test_released_adds_a_whole_block_of_zero_inputs_where_the_length_fills_its_b
     x = torch.randn(1, 4, 4, dtype=torch.float64)
     found = mechanism(x)  # 3 blocks of 2: tokens 0 3, 1 (4), 2 (5)
     q, k, v = mechanism.qkv(torch.cat([x, torch.zeros(1, 2, 4)], dim=1))[0].chunk(3, dim=-1)
-    pairs = [[0, 3], [1, 4], [2, 5]]  # the third block has two marks below zero, whose product is above it
+    pairs = [[0, 3], [1, 4], [2, 5]]
     rows = [
         (q[i] @ k[keys].T / 2).softmax(dim=-1) @ v[keys] for i, keys in zip((0, 1, 2), pairs, strict=True)
     ]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lra.backbone import initialise
 from models import Place, build
 from models.local import local_attention
 from models.longformer import longformer_attention
@@ -57,6 +58,20 @@ def test_global_projections_act_on_global_tokens_alone():
     moved = (mechanism(x) - before).abs().amax(dim=-1)[0]
     assert (moved[:2] > 1e-3).all()
     assert not moved[2:].any()
+
+
+def test_an_even_window_keeps_one_key_fewer():
+    """2 numbers, key and value, of 8 for each key: of 6, and of 7 of the paper's window."""
+    for even_window, seen in ((True, 6), (False, 7)):
+        assert layer(window=6, num_global=0, even_window=even_window).state_size(50) == 2 * 8 * seen
+
+
+@pytest.mark.parametrize("init", ["torch", "xavier"])
+def test_global_projections_are_copies_unless_the_backbone_draws_them(init):
+    mechanism = layer(num_global=2)
+    initialise(mechanism, init)
+    copied = torch.equal(mechanism.q_global.weight, mechanism.qkv.weight[:8])
+    assert copied == (init == "torch")
 
 
 def test_global_projections_start_as_the_others():

@@ -212,3 +212,115 @@ def test_values_that_make_no_sense_are_refused(own):
 def test_unknown_scales_are_refused_with_the_choices():
     with pytest.raises(ValueError, match="choose from: divided, none, multiplied"):
         build("reformer", PLACE, score_scale="sqrt")
+
+
+RELEASED = {
+    "num_hashes": 1,
+    "num_buckets": 10,
+    "num_chunks": 10,
+    "across_buckets": True,
+    "score_scale": "multiplied",
+    "unit_keys": False,
+    "mask_self": False,
+    "output_projection": False,
+    "use_mask": False,
+    "append_zeros": True,
+    "redraw_every": 0,
+}
+
+
+@pytest.mark.parametrize("length", [7, 30, 33])
+def test_the_released_row_appends_one_to_ten_zero_tokens_that_are_hashed_sorted_and_seen(length):
+    """The benchmark's layer step by step, with our rotations: also ten zeros where ten divides the length."""
+    layer = build("reformer", PLACE, **RELEASED).double().eval()
+    x = drawn(1, length, 16)
+    mask = torch.arange(length) < torch.tensor([length // 2])[:, None]  # it ignores padding
+    filled = torch.cat([x[0], torch.zeros(10 - length % 10, 16)])
+    total, heads = len(filled), []
+    for head in range(2):
+        q, v = ((filled @ layer.qkv.weight.T + layer.qkv.bias)[:, i + 8 * head :][:, :8] for i in (0, 16))
+        turned = q @ layer.fixed_directions[head, 0].double()
+        bucket = torch.cat([turned, -turned], dim=-1).argmax(dim=-1)
+        order = (total * bucket + torch.arange(total)).argsort()
+        q, v = (part[order].reshape(10, total // 10, 8) for part in (q, v))
+        k, v = (torch.cat([part, part.roll(1, dims=0)], dim=1) for part in (q, v))
+        mixed = ((q @ k.mT * 8**0.5).softmax(dim=-1) @ v).reshape(total, 8)
+        heads.append(mixed[order.argsort()])
+    torch.testing.assert_close(layer(x, mask)[0], torch.cat(heads, dim=-1)[:length], **EXACT)
+
+
+def test_slots_that_hold_no_token_have_no_part_in_gradients():
+    """Copies of token 0 would stand there and overflow: near tokens 4 and 5, as token 0 itself is not."""
+    q, v = torch.full((1, 1, 7, 4), 0.1), torch.randn(1, 1, 7, 4).requires_grad_()
+    q[:, :, 4:6] = 4e3
+    buckets = torch.tensor([0, 0, 1, 1, 2, 2, 2]).view(1, 1, 1, 7)
+    own = {"chunk": 2, "across_buckets": True, "unit_keys": False, "mask_self": False, "scale": 2.0}
+    out = lsh_attention(q.requires_grad_(), v, buckets=buckets, **own)
+    out.sum().backward()
+    assert out.isfinite().all() and q.grad.isfinite().all() and v.grad.isfinite().all()
+
+
+def test_uneven_token_norms_give_finite_gradients_in_the_released_setting():
+    for seed in range(5):
+        torch.manual_seed(seed)
+        layer = build("reformer", Place(d_model=64, num_heads=2, max_len=600), **RELEASED)
+        for layer.append_zeros in (True, False):  # with the latter 512 tokens leave eight places empty
+            x = (torch.randn(1, 512, 64) * torch.randn(1, 512, 1).exp().square()).requires_grad_()
+            layer(x).square().mean().backward()
+            assert x.grad.isfinite().all() and layer.qkv.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize("chunk", [28, 14, 10, 7, 4])  # in 3 or 7 chunks int32 codes of padding wrap to 0
+def test_padded_tokens_see_nothing_and_are_zero(across, chunk):
+    q, v, mask = drawn(1, 2, 28, 8), drawn(1, 2, 28, 8), torch.arange(28)[None] < 25
+    buckets = torch.zeros(1, 2, 2, 28, dtype=torch.long)
+    found = lsh_attention(q, v, mask, buckets=buckets, chunk=chunk, across_buckets=across)
+    assert not found[:, :, 25:].any()
+    assert (found[:, :, :25].norm(dim=-1) > 0).all()
+
+
+def test_the_score_of_a_token_with_itself_is_replaced_whatever_its_size():
+    q, v = 1e6 * drawn(2, 2, 12, 8), drawn(2, 2, 12, 8)
+    scores = q @ (q / q.norm(dim=-1, keepdim=True)).mT / math.sqrt(8)
+    scores = scores.masked_fill(torch.eye(12, dtype=torch.bool), -math.inf)
+    found = lsh_attention(q, v, buckets=one_bucket(), chunk=12)
+    torch.testing.assert_close(found, scores.softmax(dim=-1) @ v, rtol=0, atol=1e-9)  # scores are rounded
+
+
+def test_padded_content_that_overflows_half_precision_leaves_gradients_finite():
+    x, mask = torch.randn(2, 60, 16), torch.arange(60) < torch.tensor([60, 37])[:, None]
+    x = torch.where(mask[..., None], x, 1e3 * x).requires_grad_()
+    for across in (False, True):
+        own = {"bucket_size": 8, "across_buckets": across, "unit_keys": False}
+        layer = build("reformer", PLACE, **own).eval()
+        with torch.autocast("cpu", torch.float16):
+            out = layer(x, mask)
+        out[mask].float().square().sum().backward()
+        assert x.grad.isfinite().all() and layer.qkv.weight.grad.isfinite().all()
+
+
+def test_dropout_acts_on_weights_and_in_training_only():
+    """Without redrawn rotations, which would change training as well."""
+    layer, x = build("reformer", PLACE, redraw_every=0, attn_dropout=0.5), torch.randn(2, 40, 16)
+    plain = layer.eval()(x)
+    assert torch.equal(plain, layer(x))
+    assert not torch.equal(plain, layer.train()(x))
+    q, ones = drawn(2, 2, 40, 8), torch.ones(2, 2, 40, 8, dtype=torch.float64)
+    found = lsh_attention(q, ones, buckets=one_bucket(length=40), chunk=40, dropout=0.5)
+    assert set((found[..., 0] != found[..., 1]).unique().tolist()) == {False}  # a weight for all of a value
+    assert 0.8 < found.mean() < 1.2 and found.std() > 0.01
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"num_buckets": 1, "hash_seed": 3},
+        {"num_buckets": 1, "redraw_every": 0},
+        {"num_buckets": 10, "num_chunks": 10, "bucket_size": 7},
+        {"append_zeros": True},
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(own):
+    with pytest.raises(ValueError, match="reformer with"):
+        build("reformer", PLACE, **own)

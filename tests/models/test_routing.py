@@ -99,6 +99,58 @@ def test_centroids_move_toward_the_mean_of_their_real_tokens_once_a_step():
     torch.testing.assert_close(layer.centroids, before, **EXACT)  # no token since
 
 
+def test_a_token_that_is_not_finite_moves_no_centroid_and_leaves_no_trace():
+    for bad in (float("nan"), float("inf")):
+        layer, x = build("routing", PLACE, num_clusters=3).train(), torch.randn(2, 20, 16)
+        before = layer.centroids.clone()
+        layer(x.index_fill(1, torch.tensor([4]), bad))
+        layer.training_update(1)
+        assert torch.equal(layer.centroids, before)
+        layer(x)
+        layer.training_update(2)
+        assert layer.centroids.isfinite().all() and not torch.equal(layer.centroids, before)
+
+
+def test_a_resumed_run_has_the_tokens_that_came_since_the_last_step():
+    layer = build("routing", PLACE, num_clusters=3, decay=0.5).train()
+    layer(torch.randn(2, 20, 16))
+    resumed = build("routing", PLACE, num_clusters=3, decay=0.5)
+    resumed.load_state_dict(layer.state_dict())
+    for one in (layer, resumed):
+        one.training_update(1)
+    assert torch.equal(layer.centroids, resumed.centroids)
+    assert not torch.equal(layer.centroids, build("routing", PLACE, num_clusters=3).centroids)
+
+
+def test_centroids_start_normalised_and_differ_by_seed_layer_and_head():
+    place = Place(d_model=16, num_heads=2, max_len=64, layer_index=1, num_layers=2)
+    starts = [
+        build("routing", *args, num_local_heads=0, centroid_seed=seed).centroids
+        for args, seed in (((PLACE,), 0), ((PLACE,), 1), ((place,), 0))
+    ]
+    heads = torch.cat(starts)  # [6 c d]
+    assert all(not torch.equal(heads[i], heads[j]) for i in range(6) for j in range(i))
+    torch.testing.assert_close(heads, functional.layer_norm(heads, (8,)), rtol=0, atol=1e-4)  # its eps
+    assert torch.equal(starts[0], build("routing", PLACE, num_local_heads=0).centroids)
+
+
+def test_dropout_acts_on_the_weights_of_local_and_of_routed_heads():
+    layer = build("routing", PLACE, attn_dropout=0.5).train()
+    q, k = torch.randn(2, 2, 2, 30, 8).unbind(0)
+    ones = torch.ones(2, 2, 30, 8)
+    found = layer.attend(q, k, ones, None)
+    routed = found[:, 1][found[:, 1].abs().amax(dim=-1) > 0]  # zero: in no cluster
+    for head in (found[:, 0], routed):
+        assert (head - 1).abs().mean() > 0.01
+    layer.eval()
+    torch.testing.assert_close(layer.attend(q, k, ones, None)[:, 0], ones[:, 0])
+
+
+def test_a_window_of_local_heads_without_any_is_refused():
+    with pytest.raises(ValueError, match="no use for local_window=5"):
+        build("routing", PLACE, num_local_heads=0, local_window=5)
+
+
 def test_evaluation_moves_no_centroid_and_has_no_loss():
     layer = build("routing", PLACE).eval()
     layer.train()(torch.randn(2, 20, 16))

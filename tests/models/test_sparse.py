@@ -107,8 +107,8 @@ def test_split_heads_gives_near_keys_to_the_first_half_and_far_keys_to_the_rest(
         Place(d_model=12, num_heads=3, max_len=50),
         pattern=pattern,
         stride=5,
-        num_summary=2,
         split="heads",
+        **({"num_summary": 2} if pattern == "fixed" else {}),
     )
     q, k, v = torch.randn(3, 2, 3, 50, 4).unbind(0)
     i, j = torch.arange(50)[:, None], torch.arange(50)
@@ -162,6 +162,12 @@ def test_every_length_works_also_those_within_the_global_tokens(own):
         assert sparse_attention(q, k, v, **own).shape == q.shape
 
 
+def test_dropout_acts_on_global_rows():
+    q, k, v = qkv()
+    found = sparse_attention(q, k, torch.ones_like(v), stride=6, num_global=2, dropout=0.5)
+    assert ((found[:, :, :2] - 1).abs() > 1e-3).any(dim=-1).all()
+
+
 def test_dropout_acts_on_weights_and_in_training_only():
     layer = build("sparse", Place(d_model=8, num_heads=2, max_len=9), stride=2, attn_dropout=0.5)
     x = torch.randn(2, 9, 8)
@@ -180,10 +186,12 @@ def test_dropout_acts_on_weights_and_in_training_only():
         {"pattern": "fixed", "stride": 8, "num_summary": 9},
         {"pattern": "fixed", "num_summary": 0},
         {"first_column": True},
+        {"num_summary": 4},
+        {"pattern": "fixed", "num_summary": 128, "first_column": True},
     ],
 )
 def test_values_that_make_no_sense_are_refused(own):
-    with pytest.raises(ValueError, match="sparse|first_column"):
+    with pytest.raises(ValueError, match="sparse|first_column|num_summary"):
         build("sparse", Place(d_model=8, num_heads=2, max_len=9), **own)
 
 

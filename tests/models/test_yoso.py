@@ -1,6 +1,7 @@
 """YOSO: the sample and its gradient tend to the expectation and its bound; gradients, padding and options."""
 
 import math
+from functools import wraps
 
 import pytest
 import torch
@@ -92,6 +93,37 @@ def test_parallel_and_opposite_vectors_have_finite_values_and_gradients():
             assert all(x.isfinite().all() for x in (out, *grads))
 
 
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, 11), (torch.float32, 16), (torch.float64, 16)])
+def test_outputs_of_queries_nearly_opposite_to_their_keys_have_length_one_too(dtype, bits):
+    """The only key is met with a chance of down to 1e-32, and |y| is as small."""
+    for cosine in (-0.5, -0.9, -0.99, -0.9995):
+        q = torch.tensor([[[[1.0, 0.0]]]], dtype=dtype)
+        k = torch.tensor([[[[cosine, (1 - cosine**2) ** 0.5]]]], dtype=dtype)
+        v = torch.tensor([[[[3.0, 4.0]]]], dtype=dtype).requires_grad_()
+        found = yoso_attention(q, k, v, bits=bits)
+        torch.testing.assert_close(found, v.detach() / 5, rtol=1e-6, atol=0)  # float32 rounding
+        (grad,) = torch.autograd.grad(found[..., 0].sum(), v)
+        expected = torch.tensor([0.128, -0.096], dtype=dtype)  # (1 - 0.6^2) / 5, -0.6 * 0.8 / 5
+        torch.testing.assert_close(grad[0, 0, 0], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_the_convolution_starts_as_torch_starts_one_of_its_shape():
+    place = Place(d_model=128, num_heads=64, max_len=20)
+    found = build("yoso", place, kernel_size=25).conv_weight
+    usual = torch.nn.Conv2d(64, 64, (25, 1), groups=64).weight
+    assert found.shape == usual.shape
+    for weight in (found, usual):
+        assert 0.19 < weight.abs().max() <= 0.2  # the root of 1 / 25; of 1600 numbers one is near it
+
+
+def test_cosines_are_of_full_precision_under_autocast():
+    """bfloat16 would make 1 of a cosine of 0.9985, whose p of 16 bits is 0.75."""
+    q, k = torch.tensor([[[[1.0, 0.0]]]]), torch.tensor([[[[1.0, 0.0], [0.9985, 0.0548]]]])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = yoso_attention(q.expand(1, 1, 2, 2), k, torch.eye(2)[None, None], bits=16)[0, 0, 0]
+    assert abs(found[1] / found[0] - (1 - math.acos(0.9985) / math.pi) ** 16) < 0.01  # p itself is rounded
+
+
 def test_outputs_have_length_one_before_the_convolution():
     q, k, v = qkv()
     for planes in (None, drawn(2, 8, 40 * 2)):
@@ -114,7 +146,7 @@ def test_gradcheck():
     leaves = [*(x.requires_grad_() for x in qkv(length=7, d=4)), drawn(2, 1, 3, 1).requires_grad_()]
 
     def attend(q, k, v, weight):
-        return yoso_attention(q, k, v, mask, bits=9, conv_weight=weight)
+        return yoso_attention(q, k, v, mask, bits=9, exact_gradient=True, conv_weight=weight)
 
     assert torch.autograd.gradcheck(attend, leaves, fast_mode=True)
 
@@ -126,15 +158,21 @@ def test_values_of_the_sample_have_their_own_derivative():
     )
 
 
-@pytest.mark.parametrize("own", [{"exact_gradient": False}, {"expectation": False, "num_hashes": 3}])
+@pytest.mark.parametrize("own", [{}, {"expectation": False, "num_hashes": 3}])
 def test_a_surrogate_gradient_is_claimed_and_seen(own):
     assert "surrogate_gradient" in build("yoso", PLACE, **own).traits.exceptions()
     assert CHECKS["gradcheck"](subject("yoso", own)).status == "pass"
 
 
 def test_a_surrogate_gradient_that_is_none_is_a_false_claim(monkeypatch):
-    monkeypatch.setattr(Yoso, "traits", Traits(surrogate_gradient=True))
-    found = CHECKS["gradcheck"](subject("yoso"))
+    honest = Yoso.__init__
+
+    def boast(self, place, **own):
+        honest(self, place, **own)
+        self.traits = Traits(surrogate_gradient=True)
+
+    monkeypatch.setattr(Yoso, "__init__", wraps(honest)(boast))
+    found = CHECKS["gradcheck"](subject("yoso", {"exact_gradient": True}))
     assert found.status == "fail" and "yet all derivatives match" in found.detail
 
 
@@ -167,7 +205,21 @@ def test_planes_change_in_training_and_are_those_of_the_seed_in_evaluation():
 
 
 @pytest.mark.parametrize(
-    "own", [{"bits": 0}, {"bits": 17}, {"num_hashes": 0}, {"conv_kernel": 4}, {"redraw_every": -1}]
+    "own",
+    [
+        {"num_hashes": 5},
+        {"hash_seed": 3},
+        {"redraw_every": 5},
+        {"expectation": False, "exact_gradient": True},
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(own):
+    with pytest.raises(ValueError, match="yoso with expectation"):
+        build("yoso", PLACE, **own)
+
+
+@pytest.mark.parametrize(
+    "own", [{"bits": 0}, {"bits": 17}, {"num_hashes": 0}, {"kernel_size": 4}, {"redraw_every": -1}]
 )
 def test_values_that_make_no_sense_are_refused(own):
     with pytest.raises(ValueError, match="yoso needs"):

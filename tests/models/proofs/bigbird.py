@@ -31,8 +31,17 @@ def blocks_seen(module, head, num_blocks):
     return out
 
 
+def reference(module, x, mask=None):
+    if not module.append_zeros:
+        return attended(module, x, mask)
+    zeros = x.new_zeros(len(x), module.block_size - x.shape[1] % module.block_size, x.shape[2])
+    mask = torch.ones(x.shape[:2], dtype=torch.bool) if mask is None else mask
+    filled = torch.cat([mask, torch.ones(zeros.shape[:2], dtype=torch.bool)], dim=1)
+    return attended(module, torch.cat([x, zeros], dim=1), filled)[:, : x.shape[1]]
+
+
 @by_head
-def reference(module, head, q, k, v, real):
+def attended(module, head, q, k, v, real):
     if not real:
         return torch.zeros_like(q)
     size = module.block_size
@@ -48,6 +57,7 @@ CASES = [
     {"block_size": 5, "num_random": 0},
     {"block_size": 4, "num_random": 5, "random_within": 40},
     {"block_size": 16, "random_within": 32},
+    {"block_size": 4, "random_within": 20, "append_zeros": True},
 ]
 
 

@@ -15,7 +15,8 @@ def reference(module, head, q, k, v, real):
     if not real:
         return out
     planes = module.fixed_directions[head].double()
-    codes = ((q.detach() @ planes) > 0).tolist()
+    offset = planes[q.shape[-1]] if len(planes) > q.shape[-1] else 0.0
+    codes = ((q.detach() @ planes[: q.shape[-1]] + offset) > 0).tolist()
     for members in clusters(module, codes, real):
         mean = q[members].mean(dim=0)
         shared = normalised((k[real] @ mean)[None] / math.sqrt(q.shape[-1]))[0]
@@ -59,6 +60,7 @@ CASES = [
     {"num_clusters": 5, "bits": 9, "num_iterations": 3, "topk": 4},
     {"num_clusters": 6, "improved": False, "hash_seed": 1, "redraw_every": 7},
     {"num_clusters": 3, "bits": 4, "num_iterations": 0, "topk": 20, "redraw_every": 0},
+    {"num_clusters": 4, "bits": 12, "topk": 5, "hash_bias": True},
 ]
 
 

@@ -34,13 +34,13 @@ def released(module, x, mask):
     w, length = module.window, len(x)
     n = length // w + 1
     zeros = torch.zeros(n * w - length, x.shape[1], dtype=x.dtype)
-    marks = [1.0 if mask is None else float(mask[t]) for t in range(length)] + [-1e9] * len(zeros)
+    marks = [mask is None or bool(mask[t]) for t in range(length)] + [bool(-1e9)] * len(zeros)
     mixed = []
     for _, q, k, v in heads(module, torch.cat([x, zeros])):
         rows = []
         for i in range(length):
             place, block = divmod(i, n)
-            seen = [p for p in range(w) if marks[block * w + place] * marks[block * w + p] > 0]
+            seen = [p for p in range(w) if marks[block * w + place] and marks[block * w + p]]
             keys = [p * n + block for p in seen]
             if keys:
                 rows.append(attention(q[i : i + 1], k[keys], v[keys])[0])

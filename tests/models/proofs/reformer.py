@@ -16,6 +16,10 @@ def reference(module, x, mask=None):
         if not real:
             continue
         keys = list(real) if module.use_mask else list(range(x.shape[1]))
+        if module.append_zeros:
+            filled = (len(row) // module.num_chunks + 1) * module.num_chunks
+            keys += range(len(row), filled)
+            row = torch.cat([row, row.new_zeros(filled - len(row), row.shape[1])])
         both, mixed = affine(module.qkv, row), []
         for head in range(num_heads):
             q, v = (both[:, (part * num_heads + head) * d :][:, :d] for part in range(2))
@@ -85,6 +89,7 @@ RELEASED = {
     "mask_self": False,
     "output_projection": False,
     "use_mask": False,
+    "append_zeros": True,
     "redraw_every": 0,
 }
 CASES = [
@@ -95,6 +100,7 @@ CASES = [
     {"bucket_size": 8, "num_buckets": 4, "across_buckets": True, "score_scale": "none"},
     {"bucket_size": 16, "num_buckets": 132, "unit_keys": False},
     {"num_buckets": 2, "num_chunks": 4},
+    {"num_buckets": 4, "num_chunks": 3, "append_zeros": True},
     RELEASED,
 ]
 

@@ -25,7 +25,8 @@ def reference(module, head, q, k, v, real):
     if not (module.expectation and module.exact_gradient):  # its value, and the bound as its slope
         chance = chance.detach() * (1 + bits / 2 * (cosines - cosines.detach()))
     mixed = chance @ v[real]
-    out = mixed / mixed.norm(dim=-1, keepdim=True).clamp_min(1e-12)  # a query may meet no key
+    size = mixed.norm(dim=-1, keepdim=True)
+    out = mixed / torch.where(size == 0, 1.0, size)  # a query may meet no key
     if module.conv_weight is not None:
         kernel, shifted = module.conv_weight[head, 0, :, 0], torch.zeros_like(v)
         for i in real:
@@ -37,9 +38,10 @@ def reference(module, head, q, k, v, real):
 
 CASES = [
     {},
-    {"bits": 3, "exact_gradient": False, "conv_kernel": 5},
+    {"bits": 16},
+    {"bits": 3, "exact_gradient": True, "kernel_size": 5},
     {"expectation": False, "bits": 3, "num_hashes": 7, "hash_seed": 2},
-    {"expectation": False, "bits": 2, "num_hashes": 4, "redraw_every": 0, "conv_kernel": 3},
+    {"expectation": False, "bits": 2, "num_hashes": 4, "redraw_every": 0, "kernel_size": 3},
 ]
 
 
@@ -76,9 +78,7 @@ def transformers_layer(gradients):
 
     from models import Place, build
 
-    module = build(
-        "yoso", Place(d_model=16, num_heads=2, max_len=40), bits=9, exact_gradient=False, conv_kernel=3
-    )
+    module = build("yoso", Place(d_model=16, num_heads=2, max_len=40), bits=9, kernel_size=3)
     module = module.double().eval()
     config = YosoConfig(
         hidden_size=16, num_attention_heads=2, hash_code_len=9, conv_window=3, use_expectation=True
