@@ -1,16 +1,19 @@
 """FLASH-Quad: one gated attention unit in place of attention and feed-forward.
 
 Paper    Hua et al. 2022, arXiv 2202.10447, section 3 (gated attention unit, quadratic)
-Computes u, v, z = silu(norm(x) W),  q = g_q * z + c_q,  k = g_k * z + c_k,  A = relu(q k^T / L + b)^2,
-         out = x + (u * A v) W_o;  u, v have expansion * d_model numbers a token, z has key_width, and b_ij
-         depends on i - j alone, by position_bias:
-         rotary    b_ij = <R_i a, R_j e>, R_i the rotation of rotary positions, a and e learned
-         toeplitz  a learned number for each i - j from -max_len to max_len
+Computes u, v, z = silu(norm(x) W),  q_i = R_i (g_q * z_i + c_q),  k_i = R_i (g_k * z_i + c_k),
+         A = relu(q k^T / L + b)^2,  out = x + (u * A v) W_o;  u, v have expansion * d_model numbers a token,
+         z has key_width; R_i is the rotation of rotary positions (1 if not rotate), and b_ij depends on i - j
+         alone, by position_bias:
+         rotary    b_ij = <R_i a, R_j e>, a and e learned
+         toeplitz  a learned number for each i - j from -(max_len - 1) to max_len - 1
          none      0
 Cost     time O(L^2 D), memory O(L^2), once and not per head
 Exact    no; it has no softmax
 Padding  values of padded keys are zeroed, and L is the number of real tokens
-Differs  L counts real tokens (code of others: padded length, here `count_padding`); it has one head, so that
+Differs  L counts real tokens (code of others: padded length, here `count_padding`); the bias is of one kind
+         at any length (code of others: toeplitz for at most 512 tokens, rotary for more); through the
+         harness the norm is the backbone's, `scale` only where that is asked for; it has one head, so that
          num_heads and d_head of the backbone change nothing; `prenorm=False` is ours; linear maps start as
          torch's do (paper: normal, 0.02)
 """
@@ -99,6 +102,7 @@ class FlashQuad(Block):
         key_width: int = 128,
         expansion: int = 2,
         position_bias: str = "rotary",
+        rotate: bool = True,
         count_padding: bool = False,
         norm: str = "scale",
         norm_stats: str = "real",
@@ -118,9 +122,11 @@ class FlashQuad(Block):
             raise ValueError(
                 f"unknown position_bias '{position_bias}' for flash_quad; choose from: {', '.join(BIASES)}"
             )
+        if rotate and key_width % 2:
+            raise ValueError(f"rotate=True needs an even key_width, got {key_width}")
         self.gated_width = expansion * place.d_model
         self.widths = [self.gated_width, self.gated_width, key_width]
-        self.prenorm, self.count_padding = prenorm, count_padding
+        self.prenorm, self.count_padding, self.rotate = prenorm, count_padding, rotate
         self.norm = make_norm(norm, place.d_model, stats=norm_stats, eps=norm_eps)
         self.hidden = nn.Linear(place.d_model, sum(self.widths), bias=place.bias)
         self.out = nn.Linear(self.gated_width, place.d_model, bias=place.bias)
@@ -131,16 +137,13 @@ class FlashQuad(Block):
             self.position_bias = RotaryBias(key_width)
         elif position_bias == "toeplitz":
             self.position_bias = ToeplitzBias(place.max_len)
-            because = {
-                **self.traits.because,
-                "fixed_length": "a bias is learned for every distance below max_len",
-            }
-            self.traits = replace(self.traits, fixed_length=True, because=because)
-        else:
+            self.traits = self.traits.but(
+                "a bias is learned for every distance below max_len", fixed_length=True
+            )
+        elif not rotate:
             self.traits = replace(self.traits, uses_order=False)
         if count_padding:
-            because = {**self.traits.because, "length_invariant": "scores are divided by the padded length"}
-            self.traits = replace(self.traits, length_invariant=False, because=because)
+            self.traits = self.traits.but("scores are divided by the padded length", length_invariant=False)
         self.dropout = nn.Dropout(dropout)
         self.attn_dropout, self.act_dropout = nn.Dropout(attn_dropout), nn.Dropout(act_dropout)
 
@@ -153,6 +156,9 @@ class FlashQuad(Block):
         """The gated attention unit without norm and residual: [b l d] -> [b l d]."""
         gate, v, shared = F.silu(self.hidden(x)).split(self.widths, dim=-1)
         q, k = (shared * self.gain[i] + self.offset[i] for i in range(2))
+        if self.rotate:
+            positions = torch.arange(x.shape[1], device=x.device)
+            q, k = (rotate(part, positions, base=ROTARY_BASE) for part in (q, k))
         attended = flash_quad_attention(
             q,
             k,

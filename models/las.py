@@ -3,18 +3,18 @@ weights.
 
 Paper    Zimerman and Wolf 2024, arXiv 2311.16620 (Local and Smooth attention)
 Computes out = mean_P(softmax(exp(-a |i - j|) s Q K^T)) V   with s = 1 / sqrt(d); mean_P is the mean of P
-         neighbours along the keys; a is fixed, 0 in the first head and a geometric series over the others
+         neighbours along the keys; a is fixed, 0 in the first head and a geometric series over the others;
+         one head alone has the middle of the series
 Cost     time O(L^2 D), memory O(L^2) per head; no parameters of its own
 Exact    if smoothing is 1, for a head whose a is 0: then it is dense softmax attention
 Padding  padded keys get weight zero before and after the mean, which therefore reads no padding; weight that
          the mean carries past the last real key is lost, as it is at the ends of a sequence without padding
 Differs  the order of operations is the one remembered of the paper, which has no public code: the decay
          multiplies scores, not weights; the mean runs along keys and counts zeros past the ends; the series
-         of a is ours. The mean is taken of values, not weights, which is the same sum; dropout acts before it
+         of a is ours, and so is that of one head. The mean is taken of values, not weights, which is the
+         same sum; dropout acts before it
 """
 # b batch, h heads, l length, d head dim
-
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -51,10 +51,11 @@ def smooth(v: Tensor, smoothing: int) -> Tensor:
 
 def decays(num_heads: int, smallest: float, largest: float) -> Tensor:
     """[h] float64: 0, then a geometric series in the middles of equal parts of [smallest, largest] in log
-    scale.
+    scale; of one head alone the middle, so that it is local too.
     """
-    part = (torch.arange(1, num_heads, dtype=torch.float64) - 0.5) / max(1, num_heads - 1)
-    return F.pad(smallest * (largest / smallest) ** part, (1, 0))
+    count = max(1, num_heads - 1)
+    part = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    return F.pad(smallest * (largest / smallest) ** part, (num_heads - count, 0))
 
 
 @register("las")
@@ -87,8 +88,6 @@ class LaS(Mixer):
             "decay", decays(place.num_heads, smallest_decay, largest_decay).float(), persistent=False
         )
         self.attn_dropout = nn.Dropout(attn_dropout)
-        if smoothing == 1 and place.num_heads == 1:  # nothing but the softmax is left
-            self.traits = replace(self.traits, uses_order=False)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         dropout = self.attn_dropout.p if self.training else 0.0

@@ -58,6 +58,11 @@ class Skipped:
     paper: float | None
 
 
+def check_kind(kind: str) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind '{kind}' of schedule; choose from: {', '.join(KINDS)}")
+
+
 def check_sizes(num_blocks: int, num_units: int) -> None:
     if num_units < 1 or num_blocks < 1 or num_blocks % num_units:
         raise ValueError(
@@ -71,6 +76,7 @@ def homes_of(num_blocks: int, num_units: int, kind: str = "full") -> tuple[tuple
 
     An odd block a unit is from the first of the sequence, where the work differs least.
     """
+    check_kind(kind)
     check_sizes(num_blocks, num_units)
     each, m = num_blocks // num_units, num_units
     if kind != "causal":
@@ -82,19 +88,24 @@ def homes_of(num_blocks: int, num_units: int, kind: str = "full") -> tuple[tuple
     return tuple(tuple(stripe[u] for stripe in stripes) for u in range(m))
 
 
-def pairs_of(unit: int, distance: int, num_blocks: int, num_units: int, kind: str) -> list[tuple[int, int]]:
-    """The products (a, b) of one unit in the round `distance`, visitor by visitor.
+def tied_product_is_made(unit, distance: int, a, b, num_units: int):
+    """Whether a unit makes the product (a, b) of kind=tied in the round `distance`; numbers or tensors.
 
-    Two units of kind=tied meet twice, once at home of each (at once, half a ring apart): each time they make
-    the products of every second field of the board of their blocks, which leaves no visitor without one.
+    Two units meet twice, once at home of each (at once, half a ring apart): each time they make the products
+    of every second field of the board of their blocks, which leaves no visitor without one.
     """
+    if distance == 0:
+        return (a >= b) & (unit >= 0)
+    first = (2 * distance < num_units) | ((2 * distance == num_units) & (2 * unit < num_units))
+    return ((a + b) % 2 == 0) == first
+
+
+def pairs_of(unit: int, distance: int, num_blocks: int, num_units: int, kind: str) -> list[tuple[int, int]]:
+    """The products (a, b) of one unit in the round `distance`, visitor by visitor."""
     each = num_blocks // num_units
     board = [(a, b) for b in range(each) for a in range(each)]
     if kind == "tied":
-        if distance == 0:
-            return [(a, b) for a, b in board if a >= b]
-        first = 2 * distance < num_units or (2 * distance == num_units and 2 * unit < num_units)
-        return [(a, b) for a, b in board if ((a + b) % 2 == 0) == first]
+        return [(a, b) for a, b in board if tied_product_is_made(unit, distance, a, b, num_units)]
     if kind == "causal":
         homes = homes_of(num_blocks, num_units, kind)
         mine, theirs = homes[unit], homes[(unit - distance) % num_units]
@@ -108,8 +119,6 @@ def make_schedule(num_blocks: int, num_units: int, kind: str = "full") -> Schedu
     It is as long as `lower_bound`, and so shortest, but for kind=causal with an odd number >= 3 of blocks a
     unit, where it is at most (num_units - 1) / 2 steps longer.
     """
-    if kind not in KINDS:
-        raise ValueError(f"unknown kind '{kind}' of schedule; choose from: {', '.join(KINDS)}")
     homes, m, steps = homes_of(num_blocks, num_units, kind), num_units, []
     each = num_blocks // m
     for distance in range(m):
@@ -134,23 +143,19 @@ def make_schedule(num_blocks: int, num_units: int, kind: str = "full") -> Schedu
 
 
 def lower_bound(num_blocks: int, num_units: int, kind: str = "full") -> int:
-    """Steps that no schedule can do without: the work of m units at one product a step; for kind=causal the
-    work at the home of the last block, all its pairs and at least those of the first blocks beside it; for
-    kind=tied with several units a whole turn of the ring, since some product is made away from one home.
+    """Steps that no schedule can do without: the products shared by m units at one a step; those of the last
+    block at its home; for kind=tied, where others may make these, a whole turn of the ring, since some
+    product is made away from one home.
     """
     check_sizes(num_blocks, num_units)
-    n, m, each = num_blocks, num_units, num_blocks // num_units
-    if kind == "full":
-        return n * each
-    work = ceil(n * (n + 1) / (2 * m))
-    if kind == "causal":
-        return max(work, n + each * (each - 1) // 2)
-    return max(work, m if m > 1 else 1)
+    products, _ = count_products(num_blocks, kind)
+    return max(ceil(products / num_units), num_units if kind == "tied" else num_blocks)
 
 
 def check_schedule(schedule: Schedule) -> None:
     """Runs a schedule on the machine; ValueError at the first thing that it cannot do or leaves undone."""
     homes, m, n = schedule.homes, len(schedule.homes), schedule.num_blocks
+    check_kind(schedule.kind)
     check_sizes(n, m)
     if sorted(sum(homes, ())) != list(range(n)) or len({len(blocks) for blocks in homes}) != 1:
         raise ValueError(f"homes do not hold each of {n} blocks once, equally many a unit: {homes}")
@@ -160,6 +165,8 @@ def check_schedule(schedule: Schedule) -> None:
     for number, step in enumerate(schedule.steps):
         for what, units in (("product", step.products), ("transfer", step.transfers)):
             busy = [unit for unit, *_ in units]
+            if not set(busy) <= set(range(m)):
+                raise ValueError(f"step {number}: a {what} of a unit that is none of 0 to {m - 1}: {units}")
             if len(busy) != len(set(busy)):
                 raise ValueError(f"step {number}: a unit has more than one {what}: {units}")
         for u, i, j in step.products:
@@ -194,6 +201,7 @@ def check_schedule(schedule: Schedule) -> None:
 
 def count_products(num_blocks: int, kind: str = "full") -> tuple[int, int]:
     """Block products of scores, and of sums of values, that a sequence of `num_blocks` real blocks needs."""
+    check_kind(kind)
     n = num_blocks
     half = n * (n + 1) // 2
     return {"full": (n * n, n * n), "causal": (half, half), "tied": (half, n * n)}[kind]
@@ -204,8 +212,14 @@ def schedule_stats(
 ) -> Skipped:
     """What skipping saves over all pairs of all blocks, for sequences of these lengths padded to one.
 
-    Blocks that are padding throughout are skipped sequence by sequence, as on a machine for one sequence.
+    Blocks that are padding throughout are skipped sequence by sequence, as `ring_attention` skips them.
     """
+    check_sizes(num_blocks, 1)
+    if not lengths or not all(0 <= length <= padded_length for length in lengths) or padded_length < 1:
+        raise ValueError(
+            "schedule_stats needs at least one length, and each from 0 to a padded_length >= 1; got "
+            f"lengths={list(lengths)}, padded_length={padded_length}"
+        )
     size = ceil(padded_length / num_blocks)
     scores, values = zip(*(count_products(ceil(n / size), kind) for n in lengths), strict=True)
     total = len(lengths) * num_blocks**2

@@ -77,7 +77,7 @@ def softmax_by_sequence(
         for start, stop in zip(bounds[:-1], bounds[1:], strict=True)
         if stop > start
     ]
-    return torch.cat([*parts, torch.zeros_like(q[bounds[-1] :])])
+    return torch.cat([*parts, torch.zeros_like(v[bounds[-1] :])])
 
 
 @register("softmax")

@@ -10,11 +10,13 @@ Exact    if dot_product and the other scores are equal: then it is dense softmax
 Padding  padded keys get weight zero; a row without real ones gives zeros
 Differs  W_2 is of one head, as in the paper (released code: shared by the heads, and its scores then read as
          [h l] where they are [l h]); the code of the benchmark ignores padding where there is no dot product
-         (here `use_mask=False`), and its released row is kind=random with dot_product
+         (here `use_mask=False`, which is refused with one), and its released row is kind=random with
+         dot_product. A mixture is a plain sum of scores, as released (paper: a sum with learned weights that
+         add up to 1), and of the dot product with one kind (released code: of several kinds too). The paper's
+         factorised dense scores and random ones that are not learned are missing. Each weight is dropped by
+         itself (released code: one mask for all rows and heads)
 """
 # b batch, h heads, l length, n max_len, d head dim, r rank
-
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from models.common import Mixer, Place, Traits, masked_softmax, register, rotate
 
 KINDS = ("dense", "random", "factorised")
+RANK = 32
 
 
 def synthesizer_attention(
@@ -50,7 +53,8 @@ def synthesizer_attention(
 class Synthesizer(Mixer):
     """Projections and learned scores around `synthesizer_attention`.
 
-    `rank` is that of kind=factorised. `use_mask=False` gives padded positions weight, as released.
+    `rank` is that of kind=factorised, and refused for others. `use_mask=False` gives padded positions weight,
+    as released.
     """
 
     traits = Traits(
@@ -69,7 +73,7 @@ class Synthesizer(Mixer):
         *,
         kind: str = "factorised",
         dot_product: bool = False,
-        rank: int = 32,
+        rank: int = RANK,
         use_mask: bool = True,
         attn_dropout: float = 0.0,
     ) -> None:
@@ -78,6 +82,13 @@ class Synthesizer(Mixer):
             raise ValueError(f"unknown kind '{kind}' for synthesizer; choose from: {', '.join(KINDS)}")
         if rank < 1:
             raise ValueError(f"synthesizer needs rank >= 1, got {rank}")
+        if rank != RANK and kind != "factorised":
+            raise ValueError(f"rank={rank} is of kind=factorised alone; leave it out for kind={kind}")
+        if dot_product and not use_mask:
+            raise ValueError(
+                "use_mask=False is what released code does without a dot product, and with one it masks; "
+                "got dot_product=True: leave one of them out"
+            )
         self.kind, self.dot_product, self.use_mask = kind, dot_product, use_mask
         self.attn_dropout = nn.Dropout(attn_dropout)
         heads, width, longest = place.num_heads, place.head_dim, place.max_len
@@ -97,10 +108,7 @@ class Synthesizer(Mixer):
             self.right = nn.Parameter(torch.randn(heads, longest, rank) * std)
         if not use_mask:
             reason = "padding takes part in the softmax, as in the released code"
-            because = {**self.traits.because, "content_invariant": reason, "length_invariant": reason}
-            self.traits = replace(
-                self.traits, content_invariant=False, length_invariant=False, because=because
-            )
+            self.traits = self.traits.but(reason, content_invariant=False, length_invariant=False)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         projection = self.qkv if self.dot_product else self.value

@@ -4,7 +4,7 @@ import torch
 
 from models import Place, build
 from models.common import dense_attention
-from models.global_mean import global_mean
+from models.global_mean import global_mean, global_mean_packed
 
 EXACT = {"rtol": 0, "atol": 1e-12}  # float64 rounding
 
@@ -49,6 +49,13 @@ def test_autocast_leaves_the_packed_sum_in_float32():
         packed = mechanism.forward_packed(x, cu_seqlens, 200)
         alone = mechanism(x[None, :166])[0]
     torch.testing.assert_close(packed[:166], alone, rtol=0, atol=4e-3)  # one rounding to bfloat16 at most
+
+
+def test_half_precision_packed_mean_is_of_a_sum_that_float16_could_not_hold():
+    x, cu_seqlens = (10 + torch.rand(8000, 6)).half(), torch.tensor([0, 7000, 8000], dtype=torch.int32)
+    found = global_mean_packed(x, cu_seqlens)[[0, -1]].double()
+    expected = torch.stack([part.double().mean(dim=0) for part in (x[:7000], x[7000:])])
+    torch.testing.assert_close(found, expected, rtol=6e-4, atol=0)  # one rounding to float16 at most
 
 
 def test_it_has_a_value_and_an_output_projection_only():

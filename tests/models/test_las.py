@@ -22,7 +22,7 @@ def test_first_head_does_not_decay_and_the_others_spread_geometrically():
     torch.testing.assert_close(ratio, ratio[:1].expand(7), **EXACT)
     assert 1e-3 < series[1] and series[-1] < 1.0
     assert decays(2, 1e-2, 1.0).tolist() == pytest.approx([0, 0.1])
-    assert decays(1, 1e-2, 1.0).tolist() == [0]
+    assert decays(1, 1e-2, 1.0).tolist() == pytest.approx([0.1])
 
 
 def test_strong_decay_leaves_each_query_its_own_key_beside_scores_of_zero():
@@ -65,13 +65,28 @@ def test_row_without_real_keys_gives_zeros_and_finite_gradients():
     assert all(x.grad.isfinite().all() for x in (q, k, v))
 
 
-def test_one_head_without_a_mean_is_softmax_attention_and_says_that_order_does_not_matter():
+def test_one_head_alone_is_local_and_its_decay_can_be_set():
     place = Place(d_model=16, num_heads=1, max_len=40)
-    plain = build("las", place, smoothing=1)
-    assert not plain.traits.uses_order
-    assert build("las", place).traits.uses_order and build("las", PLACE, smoothing=1).traits.uses_order
+    module = build("las", place, smoothing=1)
+    assert module.traits.uses_order
     q, k, v = (x[:, :1] for x in qkv())
-    torch.testing.assert_close(plain.attend(q, k, v, None), dense_attention(q, k, v), **EXACT)
+    assert (module.attend(q, k, v, None) - dense_attention(q, k, v)).abs().max() > 1e-3
+    for name, value in (("smallest_decay", 0.01), ("largest_decay", 0.5)):
+        assert not torch.equal(build("las", place, **{name: value}).decay, module.decay)
+
+
+def test_scores_of_bfloat16_are_decayed_in_float32():
+    q, k = (torch.randn(1, 1, 600, 4).bfloat16() for _ in range(2))
+    v, decay = torch.eye(600, dtype=torch.bfloat16).expand(1, 1, -1, -1), torch.tensor([2e-3])
+    scores = torch.einsum("bhid,bhjd->bhij", q * 0.5, k).double()
+    distance = (torch.arange(600)[:, None] - torch.arange(600)).abs()
+    expected = (scores * torch.exp(-decay.double() * distance)).softmax(dim=-1)
+    found = las_attention(q, k, v, decay=decay, smoothing=1)
+    torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=0)  # the weights are rounded once
+
+
+def test_state_is_a_key_and_a_value_for_each_token():
+    assert build("las", PLACE).state_size(40) == 2 * 40 * 16
 
 
 def test_decays_are_no_parameters():

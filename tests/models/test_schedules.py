@@ -1,7 +1,9 @@
 """Schedules of a ring: valid at any size, as long as the bound, shortest by a solver that knows no bound."""
 
 import itertools
+import runpy
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +12,10 @@ from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
+import lra
 from models.schedules import (
     KINDS,
+    Schedule,
     Step,
     check_schedule,
     count_products,
@@ -184,6 +188,10 @@ WRONG = {
     "away from home": with_step(len(VALID) - 1, transfers=()),
     "each of 6 blocks once": replace(VALID, homes=((0, 1), (2, 3), (4, 4))),
     "exactly once": replace(VALID, steps=(*VALID.steps, Step(((0, 0, 0),), ()))),
+    "equally many a unit": replace(VALID, homes=((0, 1, 2), (3, 4), (5,))),
+    "unknown kind 'masked'": replace(VALID, kind="masked"),
+    "a product of a unit that is none of 0 to 2": with_step(0, products=((3, 0, 0), *FIRST.products)),
+    "a transfer of a unit that is none of 0 to 2": with_step(0, transfers=((3, 0), *FIRST.transfers)),
 }
 
 
@@ -192,6 +200,54 @@ def test_the_check_refuses(message):
     check_schedule(VALID)
     with pytest.raises(ValueError, match=message):
         check_schedule(WRONG[message])
+
+
+def test_the_check_refuses_a_second_product_under_a_negative_unit_number():
+    valid = make_schedule(4, 2)
+    first, second, *rest = valid.steps
+    both = (*first.products, *((u - 2, i, j) for u, i, j in second.products))
+    steps = (replace(first, products=both), replace(second, products=()), *rest)
+    with pytest.raises(ValueError, match="a product of a unit that is none of 0 to 1"):
+        check_schedule(replace(valid, steps=steps))
+    sent = replace(first, transfers=tuple((u - 2, block) for u, block in first.transfers))
+    with pytest.raises(ValueError, match="a transfer of a unit that is none of 0 to 1"):
+        check_schedule(replace(valid, steps=(sent, *valid.steps[1:])))
+
+
+def test_the_check_refuses_products_where_the_keys_are_and_not_the_queries():
+    steps = (Step(((0, 1, 0), (1, 0, 1)), ((0, 0), (1, 1))), Step(((0, 1, 1), (1, 0, 0)), ()))
+    with pytest.raises(ValueError, match="step 0: unit 0 has not both blocks of product \\(1, 0\\)"):
+        check_schedule(Schedule("full", ((0,), (1,)), steps))
+
+
+def test_the_check_refuses_a_block_that_carries_what_it_gained_halfway_home():
+    valid = make_schedule(4, 4, "tied")
+    assert not valid.steps[-1].products  # no block gains in the last round: it only travels
+    with pytest.raises(ValueError, match="what blocks gained is away from home: .*(0, 1)"):
+        check_schedule(replace(valid, steps=(*valid.steps[:-1], Step((), ()))))
+
+
+def test_the_check_refuses_a_causal_product_with_its_sides_swapped():
+    valid = make_schedule(4, 2, "causal")
+    swapped = [
+        replace(
+            step,
+            products=tuple(
+                (u, j, i) if {i, j} <= set(valid.homes[u]) else (u, i, j) for u, i, j in step.products
+            ),
+        )
+        for step in valid.steps
+    ]
+    with pytest.raises(ValueError, match="not made exactly once"):
+        check_schedule(replace(valid, steps=tuple(swapped)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("num_blocks", "num_units"), [(4, 1), (4, 2), (9, 3), (4, 4)])
+def test_no_block_is_sent_that_nobody_waits_for(kind, num_blocks, num_units):
+    sent = sum(len(step.transfers) for step in make_schedule(num_blocks, num_units, kind).steps)
+    turn = num_units if kind == "tied" and num_units > 1 else num_units - 1  # tied blocks go all the way home
+    assert sent == turn * num_blocks
 
 
 def test_the_check_refuses_more_visitors_than_there_is_room_for():
@@ -219,12 +275,40 @@ def test_padding_is_skipped_for_each_sequence_and_beside_the_mirrored_half():
     assert schedule_stats([5], padded_length=8, num_blocks=4).scores == pytest.approx(1 - 9 / 16)  # 3 blocks
 
 
+def test_blocks_have_the_size_that_covers_the_padded_length():
+    skipped = schedule_stats([7], padded_length=10, num_blocks=4)  # blocks of 3, 3, 3 and 1 tokens
+    assert skipped.scores == pytest.approx(1 - 9 / 16)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "own", "message"),
+    [
+        ([], {}, "at least one length"),
+        ([4, 11], {}, "each from 0 to a padded_length >= 1; got lengths=.4, 11., padded_length=10"),
+        ([-1], {}, "each from 0 to"),
+        ([0], {"padded_length": 0}, "padded_length >= 1"),
+        ([4], {"num_blocks": 0}, "num_blocks a multiple of it; got num_units=1, num_blocks=0"),
+        ([4], {"kind": "masked"}, "unknown kind 'masked'"),
+    ],
+)
+def test_statistics_of_nothing_or_of_the_impossible_are_refused(lengths, own, message):
+    with pytest.raises(ValueError, match=message):
+        schedule_stats(lengths, **{"padded_length": 10, "num_blocks": 4, **own})
+
+
 @pytest.mark.parametrize(("num_blocks", "num_units"), [(0, 1), (5, 2), (4, 0)])
 def test_sizes_that_make_no_sense_are_refused(num_blocks, num_units):
     with pytest.raises(ValueError, match="a multiple of it"):
         make_schedule(num_blocks, num_units)
 
 
+def test_the_results_file_says_what_the_function_says(capsys):
+    root = Path(lra.__file__).resolve().parents[1]
+    runpy.run_path(str(root / "scripts" / "ring_skipped.py"), run_name="__main__")
+    assert (root / "results" / "mechanisms" / "ring.md").read_text() == capsys.readouterr().out
+
+
 def test_unknown_kind_is_refused_with_the_choices():
-    with pytest.raises(ValueError, match="unknown kind 'masked'.*full, causal, tied"):
-        make_schedule(4, 2, "masked")
+    for function in (make_schedule, lower_bound):
+        with pytest.raises(ValueError, match="unknown kind 'masked'.*full, causal, tied"):
+            function(4, 2, "masked")

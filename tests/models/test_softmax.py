@@ -5,7 +5,7 @@ import torch
 
 from models import Place, build
 from models.common import dense_attention
-from models.softmax import softmax_by_sequence, softmax_fused, softmax_math, softmax_varlen
+from models.softmax import LOOP_PAYS_FROM, softmax_by_sequence, softmax_fused, softmax_math, softmax_varlen
 
 EXACT = {"rtol": 0, "atol": 1e-12}  # float64 rounding
 CU_SEQLENS = torch.tensor([0, 5, 5, 36, 37], dtype=torch.int32)  # one sequence is empty
@@ -60,6 +60,27 @@ def test_dropout_acts_on_weights_and_in_training_only(kernel):
     assert not torch.equal(mechanism(x), mechanism(x))
     mechanism.eval()
     assert torch.equal(mechanism(x), mechanism(x))
+
+
+def test_the_loop_over_sequences_drops_weights_in_training_only():
+    place = Place(d_model=8, num_heads=2, max_len=LOOP_PAYS_FROM)
+    mechanism = build("softmax", place, kernel="fused", attn_dropout=0.5)
+    x = torch.randn(37, 8)
+    first, second = (mechanism.forward_packed(x, CU_SEQLENS, LOOP_PAYS_FROM) for _ in range(2))
+    assert not torch.equal(first, second)
+    mechanism.eval()
+    first, second = (mechanism.forward_packed(x, CU_SEQLENS, LOOP_PAYS_FROM) for _ in range(2))
+    assert torch.equal(first, second)
+    q = torch.zeros(400, 1, 4)  # weights of 1 / 400, read off with a unit vector for each value
+    v = torch.eye(400).unsqueeze(1)
+    weights = softmax_by_sequence(q, q, v, torch.tensor([0, 400]), dropout=0.5)
+    assert (weights == 0).double().mean().item() == pytest.approx(0.5, abs=0.01)
+
+
+def test_the_loop_over_sequences_leaves_zeros_in_filler_rows():
+    q, k, v = torch.randn(3, 45, 2, 4).unbind(0)
+    out = softmax_by_sequence(q, k, v, CU_SEQLENS)
+    assert out.shape == v.shape and not out[37:].any() and out[:37].all()
 
 
 def test_the_explicit_kernel_alone_claims_quadratic_memory():

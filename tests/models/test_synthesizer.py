@@ -63,6 +63,17 @@ def test_use_mask_false_gives_padding_the_weight_of_its_score():
     assert {"content_invariant", "length_invariant"} <= set(quirk.traits.exceptions())
 
 
+def test_softmax_of_bfloat16_values_is_taken_in_float32():
+    scores, v = 30 + torch.randn(2, 13, 13), torch.eye(13, dtype=torch.bfloat16).expand(2, 2, -1, -1)
+    found = synthesizer_attention(None, None, v, synthetic=scores)
+    assert torch.equal(found, scores.softmax(dim=-1).bfloat16().expand(2, -1, -1, -1))
+
+
+def test_state_is_a_value_for_each_token_and_a_key_if_there_is_a_dot_product():
+    assert build("synthesizer", PLACE).state_size(13) == 13 * 16
+    assert build("synthesizer", PLACE, dot_product=True).state_size(13) == 2 * 13 * 16
+
+
 def test_row_without_real_keys_gives_zeros_and_finite_gradients():
     scores = torch.randn(2, 13, 13, requires_grad=True)
     v = torch.randn(2, 2, 13, 8, requires_grad=True)
@@ -89,7 +100,14 @@ def test_scores_of_the_dot_product_alone_are_rotated():
 
 
 @pytest.mark.parametrize(
-    ("own", "message"), [({"kind": "vanilla"}, "dense, random, factorised"), ({"rank": 0}, "rank >= 1")]
+    ("own", "message"),
+    [
+        ({"kind": "vanilla"}, "dense, random, factorised"),
+        ({"rank": 0}, "rank >= 1"),
+        ({"kind": "dense", "rank": 8}, "rank=8 is of kind=factorised alone; leave it out for kind=dense"),
+        ({"kind": "random", "rank": 8}, "rank=8 is of kind=factorised alone; leave it out for kind=random"),
+        ({"dot_product": True, "use_mask": False}, "with one it masks; got dot_product=True"),
+    ],
 )
 def test_values_that_make_no_sense_are_refused(own, message):
     with pytest.raises(ValueError, match=message):

@@ -22,12 +22,22 @@ def reference(module, x, mask=None, carry=None):
         e = module.out.weight.shape[1]
         gate, v, shared = hidden[:, :e], hidden[:, e : 2 * e], hidden[:, 2 * e :]
         q, k = (module.gain[n] * shared + module.offset[n] for n in (0, 1))
+        if module.rotate:
+            q, k = (turned(part, real) for part in (q, k))
         scores = q @ k.T / (x.shape[1] if module.count_padding else len(real))
         scores = scores + bias_of(module, real)
         attended = torch.where(scores > 0, scores, 0.0) ** 2 @ v
         mixed = x_b + affine(module.out, gate * attended)
         out[b, real] = mixed if module.prenorm else normed(module.norm, mixed)
     return out, None
+
+
+def turned(x, positions):
+    """Numbers n and n + width / 2 as one complex number, times exp(i p 10000^(-2 n / width))."""
+    half = x.shape[1] // 2
+    angles = [[p * 10_000 ** (-n / half) for n in range(half)] for p in positions]
+    pairs = torch.complex(x[:, :half], x[:, half:]) * torch.exp(1j * x.new_tensor(angles))
+    return torch.cat([pairs.real, pairs.imag], dim=1)
 
 
 def bias_of(module, real):
@@ -51,7 +61,15 @@ def bias_of(module, real):
 CASES = [
     {},
     {"key_width": 6, "position_bias": "toeplitz", "norm": "layer", "prenorm": False},
-    {"key_width": 5, "position_bias": "none", "expansion": 3, "count_padding": True, "norm": "none"},
+    {"key_width": 6, "position_bias": "none", "norm": "layer"},
+    {
+        "key_width": 5,
+        "position_bias": "none",
+        "rotate": False,
+        "expansion": 3,
+        "count_padding": True,
+        "norm": "none",
+    },
 ]
 
 MASK = torch.arange(37) < torch.tensor([37, 12, 1])[:, None]
@@ -86,7 +104,7 @@ def flash_pytorch(mask=None, **own):
 
     with torch.random.fork_rng(devices=[]):
         place = Place(d_model=16, num_heads=1, max_len=40)
-        own |= {"key_width": 6, "position_bias": "none", "norm": "layer"}
+        own |= {"key_width": 6, "position_bias": "none", "rotate": False, "norm": "layer"}
         module = build("flash_quad", place, **own).double().eval()
         oracle = GAU(dim=16, query_key_dim=6, expansion_factor=2.0, add_residual=False).double().eval()
     module.gain.data, module.offset.data = draw(2, 6, seed=1), draw(2, 6, seed=2)

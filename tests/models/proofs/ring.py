@@ -1,10 +1,13 @@
 """Ring attention: softmax attention, weights over the real keys; if tied, with its queries for keys."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 
 from models import Place, build
 from models.ring import ring_attention
+from models.ring_operator import blocks_for
 from proofs.faults import Plant, attention_faults
 from proofs.kit import Limit, Oracle, affine, attention, dense_softmax, distance, draw, heads, rotated, rows
 
@@ -47,10 +50,13 @@ MASK = torch.arange(37) < torch.tensor([37, 12, 1])[:, None]
 
 
 def softmax(**own):
+    """At real queries: those of a block that is all padding are skipped."""
     q, k, v = draw(3, 3, 2, 37, 8)
     k = q if own.get("tie_qk") else k
-    found = [(dense_softmax(q, k, v, mask), ring_attention(q, k, v, mask, **own)) for mask in (None, MASK)]
-    return max(distance(*pair) for pair in found)
+    whole = distance(dense_softmax(q, k, v), ring_attention(q, k, v, **own))
+    real = MASK[:, None, :, None]
+    found, expected = ring_attention(q, k, v, MASK, **own), dense_softmax(q, k, v, MASK)
+    return max(whole, distance(expected * real, found * real))
 
 
 LIMITS = [
@@ -77,7 +83,7 @@ def multihead(tie_qk):
 
 
 def sdpa_gradients(tie_qk):
-    found = []
+    found, weights = [], draw(3, 2, 37, 8, seed=3) * MASK[:, None, :, None]
     for attend in ("torch", "ring"):
         q, k, v = (x.requires_grad_() for x in draw(3, 3, 2, 37, 8).unbind(0))
         k = q if tie_qk else k
@@ -86,9 +92,7 @@ def sdpa_gradients(tie_qk):
         else:
             out = ring_attention(q, k, v, MASK, num_units=4, num_blocks=12, tie_qk=tie_qk)
         wanted = {"q": q, "k": k, "v": v}
-        found.append(
-            torch.cat(torch.autograd.grad((out * draw(3, 2, 37, 8, seed=3)).sum(), list(wanted.values())))
-        )
+        found.append(torch.cat(torch.autograd.grad((out * weights).sum(), list(wanted.values()))))
     return distance(*found)
 
 
@@ -103,14 +107,17 @@ ORACLES = [
 
 
 def last_block_forgotten(args, kwargs):
-    """As if the sequence ended a block earlier; a sequence of one block is left whole."""
-    live = list(args[3])
-    if sum(live) > 1:
-        live[len(live) - 1 - live[::-1].index(True)] = False
-    return [*args[:3], tuple(live)], kwargs
+    """As if each sequence ended a block earlier; a sequence of one block is left whole."""
+    q, mask, num_units, num_blocks = args[0], args[3], args[5], args[6]
+    length = q.shape[2]
+    size = math.ceil(length / (num_blocks or blocks_for(length, num_units)))
+    mask = q.new_ones(len(q), length, dtype=torch.bool) if mask is None else mask
+    shorter = mask & torch.nn.functional.pad(mask, (0, size))[:, size:]
+    args[3] = torch.where(shorter.any(dim=1, keepdim=True), shorter, mask)
+    return args, kwargs
 
 
 FAULTS = {
     **attention_faults("ring_attention"),
-    "window off by one": Plant("plan", last_block_forgotten),
+    "window off by one": Plant("ring_forward", last_block_forgotten),
 }
