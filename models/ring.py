@@ -48,7 +48,8 @@ def ring_attention(
     seed = torch.randint(2**31, (1,), device=q.device) if dropout else None
     with full_precision(v):
         out, *_ = ring_forward(q, None if tie_qk else k, v, mask, seed, num_units, num_blocks, dropout)
-    return out
+    # A block of padding is skipped or not, by what the host may read; either way its queries give zeros.
+    return out if mask is None else out * mask[:, None, :, None]
 
 
 class TiedProjection(nn.Linear):

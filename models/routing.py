@@ -123,7 +123,7 @@ class Routing(ChoosingMixer):
                 f"routing needs num_local_heads from 0 to {place.num_heads - 1}, so that a head is left to "
                 f"route; got {num_local_heads}"
             )
-        if not heads and local_window != 64:
+        if num_local_heads == 0 and local_window != 64:
             raise ValueError(
                 f"routing without local heads has no use for local_window={local_window}; leave it at 64 or "
                 "raise num_local_heads"
