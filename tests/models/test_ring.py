@@ -369,3 +369,22 @@ def test_a_captured_step_reads_no_mask_and_gives_what_eager_does(tie_qk):
     graph.replay()
     real = mask[:, None, :, None]
     torch.testing.assert_close(found * real, expected * real)
+
+
+def test_a_captured_step_equals_an_eager_one_at_padding_too(monkeypatch):
+    """Blocks of padding are skipped in one and not in the other: outputs and gradients may not tell."""
+    mask = torch.arange(40) < torch.tensor([40, 9, 0])[:, None]
+    results = []
+    for captured in (False, True):
+        monkeypatch.setattr("models.ring_operator.capturing", lambda device, captured=captured: captured)
+        generator = torch.Generator().manual_seed(0)
+        leaves = [
+            torch.randn(3, 2, 40, 4, generator=generator, dtype=torch.float64).requires_grad_()
+            for _ in range(3)
+        ]
+        out = ring_attention(*leaves, mask, num_units=2, num_blocks=8)
+        out.square().sum().backward()
+        results.append([out, *(leaf.grad for leaf in leaves)])
+    for eager, captured in zip(*results, strict=True):
+        torch.testing.assert_close(eager, captured, rtol=0, atol=1e-12)
+    assert not results[0][0].mT[~mask[:, None, None].expand_as(results[0][0].mT)].any()
