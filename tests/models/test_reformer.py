@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from proofs.reformer import RELEASED
 
 from models import Place, build
 from models.reformer import hash_sizes, lsh_attention, lsh_buckets
@@ -212,21 +213,6 @@ def test_values_that_make_no_sense_are_refused(own):
 def test_unknown_scales_are_refused_with_the_choices():
     with pytest.raises(ValueError, match="choose from: divided, none, multiplied"):
         build("reformer", PLACE, score_scale="sqrt")
-
-
-RELEASED = {
-    "num_hashes": 1,
-    "num_buckets": 10,
-    "num_chunks": 10,
-    "across_buckets": True,
-    "score_scale": "multiplied",
-    "unit_keys": False,
-    "mask_self": False,
-    "output_projection": False,
-    "use_mask": False,
-    "append_zeros": True,
-    "redraw_every": 0,
-}
 
 
 @pytest.mark.parametrize("length", [7, 30, 33])
