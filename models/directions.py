@@ -50,7 +50,7 @@ def _zeroed(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Causal convolution of each channel, y_t = sum_j weight[:, j] x_{t-j} + bias: x [b l d], weight [d w]."""
+    """Causal, each channel: y_t = sum_j weight[:, j] x_{t-j} + bias; x [b l d], weight [d w] -> [b l d]."""
     width, length = weight.shape[1], x.shape[1]
     padded = F.pad(x, (0, 0, width - 1, 0))
     out = sum(padded[:, width - 1 - j :][:, :length] * weight[:, j] for j in range(width))
