@@ -17,6 +17,7 @@ OK, SOME_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 VERBS = {
     "train": "one run; with -m, comma lists make a sweep",
+    "search": "which of several mixers each layer should be, then train the answer again",
     "measure": "time and peak memory per length, without a data set",
     "data": "prepare, verify, show, stats, export: the data of a task",
     "list": "models, tasks or papers",
@@ -84,6 +85,7 @@ def _run(argv: list[str]) -> int:
 def _verbs() -> dict[str, Callable[[list[str]], int]]:
     return {
         "train": _train,
+        "search": _search,
         "measure": _measure,
         "data": _data,
         "list": _list,
@@ -118,6 +120,28 @@ def _train(argv: list[str]) -> int:
     if args.config:
         return _print_config(args.overrides)
     records = sweep.train(args.overrides, multirun=args.multirun, force=args.force)
+    _print_table(records)
+    return OK if all(record.status == "ok" for record in records) else SOME_FAILED
+
+
+def _search(argv: list[str]) -> int:
+    parser = Parser(
+        prog="lra search",
+        description="Search over mechanisms (inspired by Hao and Zhu 2021): mixers side by side in every "
+        "layer, weighted by self-attention between them, mixers trained on training and weights on "
+        "validation batches. Tells the weights, then trains each layer's heaviest again under the same "
+        "recipe. Comma lists (task, seed, ...) are expanded. "
+        "Example: lra search task=listops length=32 train=quick model.candidates=[identity,softmax,local]",
+    )
+    parser.add_argument("--beside", action="store_true", help="train each candidate alone too")
+    parser.add_argument("--force", action="store_true", help="run again what is done, from the start")
+    args = _overrides(parser, argv)
+    from lra.search import search, told
+
+    found = search(args.overrides, beside=args.beside, force=args.force)
+    for one in found:
+        print(told(one) + "\n")
+    records = [record for one in found for record in one.runs]
     _print_table(records)
     return OK if all(record.status == "ok" for record in records) else SOME_FAILED
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lra import cost, environment, records, registry
+from lra.assembly import build_model, choose_layout
 from lra.config import RunConfig, compose, expand
 from lra.data.batch import Batch
 from lra.errors import UserError, unknown
@@ -22,7 +23,6 @@ from lra.layout import Packed, Padded
 from lra.records import Record
 from lra.run import conditions, is_out_of_memory, make_folder, release_memory
 from lra.step import Step, choose_mode
-from lra.train import build_model, choose_layout
 
 log = logging.getLogger(__name__)
 

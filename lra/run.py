@@ -14,12 +14,13 @@ import torch
 import yaml
 
 from lra import environment, records, registry
+from lra.assembly import build_model, choose_layout
 from lra.config import RunConfig, compose
 from lra.data.prepare import prepare
 from lra.data.store import Store
 from lra.errors import UserError
 from lra.records import Record
-from lra.train import LAST, Diverged, Progress, Trainer, build_model, choose_layout
+from lra.train import LAST, Diverged, Progress, Trainer
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +107,8 @@ def train(record: Record, config: RunConfig, store: Store, folder: Path, progres
             layout=trainer.layout,
         )
         measured = trainer.run()
+        if findings := measured.pop("findings"):
+            record = dataclasses.replace(record, extra={**record.extra, "findings": findings})
         return dataclasses.replace(record, status="ok", **measured)
     except Diverged as error:
         return dataclasses.replace(record, status="diverged", reason=str(error), num_steps=trainer.state.step)

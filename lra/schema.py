@@ -119,6 +119,7 @@ class TrainConfig:
     cycle_momentum: bool = False  # onecycle moves beta1 between 0.95 and 0.85, as torch's default does
     plateau_patience: int = setting(5, low=0)  # evaluations without a better val accuracy before lr is cut
     plateau_factor: float = setting(0.5, low=0.0)
+    arch_lr: float = setting(1e-2, low=0.0)  # of the parameters that choose between mechanisms (model=search)
     clip_norm: float | None = setting(None, low=0.0)
     clip_value: float | None = setting(None, low=0.0)
     micro_batch: int | None = setting(None, low=1)  # rows per forward; None: the whole batch

@@ -30,15 +30,24 @@ def choose_mode(config: TrainConfig) -> tuple[str, str]:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Parameters by the tags `lr_scale` and `no_weight_decay` that mechanisms put on them."""
+    """Parameters by the tags `lr_scale` and `no_weight_decay` that mechanisms put on them.
+
+    Those tagged `architecture` are left out: validation batches train them.
+    """
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
+        if is_architecture(parameter):
+            continue
         key = (getattr(parameter, "lr_scale", 1.0), getattr(parameter, "no_weight_decay", False))
         groups.setdefault(key, []).append(parameter)
     return [
         {"params": params, "lr_scale": scale, "weight_decay": 0.0 if plain else weight_decay}
         for (scale, plain), params in groups.items()
     ]
+
+
+def is_architecture(parameter: nn.Parameter) -> bool:
+    return getattr(parameter, "architecture", False)
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
@@ -88,7 +97,7 @@ class Step:
             loss = self.loss(part) * (len(part.labels) / rows)
             self.scaler.scale(loss).backward()
             total += loss.detach()
-        self._clip(self.model.parameters())
+        self._clip(p for p in self.model.parameters() if not is_architecture(p))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return total

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lra import checkpoint, cost, environment, records, registry
-from lra.backbone import Backbone
+from lra import checkpoint, cost, environment, records
+from lra.architecture import ArchitectureStep
+from lra.assembly import build_model, choose_layout
 from lra.config import RunConfig
 from lra.data.batch import Batch, Batches, decoding, token_sizes
 from lra.data.store import Store
@@ -78,15 +79,24 @@ class Trainer:
         self.mode, why = choose_mode(train)
         log.info("step: %s (%s); layout: %s; device: %s", self.mode, why, self.layout, self.device)
         self.step = Step(self.model, train, self.device, self.mode)
+        self.architecture = ArchitectureStep.of(self.step, config)
         self.schedule = Schedule(train)
         self.state = State()
         self.warmup_left = WARMUP_STEPS
         self.losses: list[Tensor] = []  # of the steps since the last line of metrics.jsonl
         self.batches = {split: self._batches(split) for split in ("train", "val", "test")}
+        if self.architecture:
+            self.batches["architecture"] = self._batches("val", config.batch_size)
+            if not self.batches["architecture"].batches_per_epoch:
+                raise UserError(
+                    f"batch_size={config.batch_size} is larger than the {len(store.split('val'))} validation "
+                    "rows that the search needs; lower it"
+                )
 
-    def _batches(self, split: str) -> Batches:
+    def _batches(self, split: str, size: int | None = None) -> Batches:
         config, rows = self.config, self.store.split(split)
-        size = config.batch_size if split == "train" else config.train.eval_batch_size or config.batch_size
+        evaluated = config.train.eval_batch_size or config.batch_size
+        size = size or (config.batch_size if split == "train" else evaluated)
         batches = Batches(
             rows,
             documents=config.task.documents,
@@ -130,6 +140,11 @@ class Trainer:
                 loss = self.step(
                     parts, lr=self.schedule.lr(state.step), beta1=self.schedule.beta1(state.step)
                 )
+                if self.architecture and state.step >= self.architecture.first:
+                    for batch in self.batches["architecture"].train(
+                        state.step, micro_batch=train.micro_batch
+                    ):
+                        self.architecture(batch)
                 bad_step = torch.where((bad_step < 0) & ~torch.isfinite(loss), state.step, bad_step)
                 self.losses.append(loss)
                 state.step += 1
@@ -237,6 +252,9 @@ class Trainer:
             "wall_s": self.wall_s,
             "compile_s": state.compile_s,
             "reserved_mib": cost.reserved_mib(self.device),
+            "findings": findings
+            if any(findings := [m.findings() for m in self.model.mechanisms()])
+            else None,
         }
 
     @property
@@ -279,6 +297,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": self.step.optimizer.state_dict(),
             "scaler": self.step.scaler.state_dict(),
+            "architecture": self.architecture and self.architecture.state_dict(),
             "cpu_random": torch.get_rng_state(),
             "gpu_random": torch.cuda.get_rng_state(self.device) if cuda else None,
         }
@@ -293,6 +312,8 @@ class Trainer:
         self.model.load_state_dict(saved["model"])
         self.step.optimizer.load_state_dict(saved["optimizer"])
         self.step.scaler.load_state_dict(saved["scaler"])
+        if self.architecture:
+            self.architecture.load_state_dict(saved["architecture"])
         self.state = State(**saved["state"])
         self.losses = [torch.tensor(loss, device=self.device) for loss in saved["losses"]]
         self.schedule = Schedule(self.config.train, **self.state.schedule)
@@ -342,45 +363,6 @@ class _Segment:
         if self.trainer.mode == "compiled":
             self.trainer.state.compile_s += time.perf_counter() - self.opened
         self.opened = time.perf_counter()
-
-
-def choose_layout(config: RunConfig) -> str:
-    """`packed`, unless a quirk of the recipe or of the mechanism needs padding; UserError if it is asked for
-    while packed.
-    """
-    quirks = []
-    if config.task.black == "padding":
-        quirks.append("task.black=padding")
-        if config.model.backbone.pool == "first":
-            raise UserError(
-                "model.pool=first would read a first pixel that task.black=padding may mask; "
-                "use model.pool=cls or mean"
-            )
-    if not registry.traits(config.model).content_invariant:
-        quirks.append(f"model={config.model.label}, as it is set, reads padding and")
-    if config.model.backbone.norm == "batch" and config.model.backbone.norm_stats == "all":
-        quirks.append("model.norm_stats=all")
-    if config.model.backbone.pool == "mean_all":
-        quirks.append("model.pool=mean_all")
-    if quirks and config.train.layout == "packed":
-        raise UserError(
-            f"{quirks[0]} needs padding, which train.layout=packed does not have; use train.layout=padded"
-        )
-    if config.train.layout != "auto":
-        return config.train.layout
-    return "padded" if quirks else "packed"
-
-
-def build_model(config: RunConfig, *, vocab_size: int | None) -> Backbone:
-    """The model of a run on the CPU; `vocab_size` counts the padding id, None for continuous input."""
-    return Backbone(
-        config.model,
-        num_classes=config.task.num_classes,
-        padded_length=config.padded_length,
-        vocab_size=vocab_size,
-        channels=1 if vocab_size is None else None,
-        documents=config.task.documents,
-    )
 
 
 def accuracy_by_length(right: np.ndarray, lengths: np.ndarray, documents: int) -> dict[str, dict] | None:

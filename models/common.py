@@ -152,6 +152,12 @@ class Mechanism(nn.Module):
         tensor.
         """
 
+    def findings(self) -> dict[str, float] | None:
+        """What training has found out about this layer, for the record of the run; None where nothing is
+        sought.
+        """
+        return None
+
     def state_size(self, length: int) -> int | None:
         """Numbers one layer keeps to mix a sequence of `length` tokens; None where the idea does not
         apply.

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from lra import records, run
+from lra.assembly import choose_layout
 from lra.config import compose
 from lra.data.prepare import prepare
 from lra.errors import UserError
 from lra.stop import Stop
-from lra.train import Trainer, accuracy_by_length, choose_layout
+from lra.train import Trainer, accuracy_by_length
 
 
 def trainer(overrides, folder) -> Trainer:

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from lra import run
+from lra.assembly import build_model, choose_layout
 from lra.config import compose
 from lra.data.batch import Batches, decoding
 from lra.data.prepare import prepare
 from lra.errors import UserError
-from lra.train import build_model, choose_layout
 
 MODEL = ["model.d_model=16", "model.d_ff=32", "model.num_layers=1", "train.num_steps=4", "train.eval_every=4"]
 PATHFINDER = ["task=pathfinder32", "task.num_images=100", "batch_size=8"]

@@ -1,0 +1,131 @@
+"""The verb `search`: which of several mixers should each layer be? Search, tell, train the answer again.
+
+The weights come from self-attention between candidates (models/search.py, inspired by Hao and Zhu 2021):
+mixers learn on training batches, the weights on validation batches. What is then trained again from a fresh
+start, under the same recipe, is a `hybrid` of each layer's heaviest candidate.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lra.config import compose, expand, parse
+from lra.errors import UserError
+from lra.launch import sweep
+from lra.records import Record
+
+ORIGIN = "inspired by Hao and Zhu 2021"
+SEARCH_ALONE = ("model", "model.candidates", "model.settings", "model.embedding_width", "train.arch_lr")
+
+
+@dataclass(frozen=True)
+class Found:
+    """One search: the weights of each layer's candidates, and the runs around it.
+
+    `again` is the run of the answer, `beside` those of each candidate alone.
+    """
+
+    record: Record
+    again: tuple[Record, ...] = ()
+    beside: tuple[Record, ...] = ()
+
+    @property
+    def weights(self) -> list[dict[str, float]]:
+        """One dict per layer, candidate to weight; [] if the search did not end."""
+        return (self.record.extra or {}).get("findings", [])
+
+    @property
+    def chosen(self) -> list[str]:
+        """The heaviest candidate of each layer, the first of equals."""
+        return [max(layer, key=layer.get) for layer in self.weights]
+
+    @property
+    def runs(self) -> list[Record]:
+        return [self.record, *self.again, *self.beside]
+
+
+def search(overrides: Sequence[str], *, beside: bool = False, force: bool = False) -> list[Found]:
+    """One search for each combination of the comma lists, each followed by the training of its answer.
+
+    With `beside` every candidate is trained alone too, under the same recipe and seed.
+    """
+    asked = expand(overrides)
+    for one in asked:
+        compose(searching(one))  # a typing error in the last one should not cost the first
+    found = []
+    for one in asked:
+        (record,) = sweep.train(searching(one), force=force)
+        answer = Found(record)
+        if record.status == "ok":
+            again = sweep.train(retraining(one, answer.chosen), force=force)
+            names = list(answer.weights[0]) if beside else []
+            others = [run for name in names for run in sweep.train(alone(one, name), force=force)]
+            answer = Found(record, tuple(again), tuple(others))
+        found.append(answer)
+    return found
+
+
+def searching(overrides: Sequence[str]) -> list[str]:
+    """The overrides of the search itself; the last weights count, as the best on validation data would be
+    chosen twice.
+    """
+    keys = {override.key_or_group: override for override in parse(overrides)}
+    model = keys.get("model")
+    if model is not None and model.value() != "search":
+        raise UserError(
+            f"lra search has a model of its own, got {model.input_line}; "
+            "name what it may choose from: model.candidates=[softmax,linear,local]"
+        )
+    extra = [] if model is not None else ["model=search"]
+    if "train.selection" not in keys:
+        extra.append("train.selection=last")
+    return [*extra, *overrides]
+
+
+def retraining(overrides: Sequence[str], chosen: Sequence[str]) -> list[str]:
+    """The same recipe with `hybrid` of the chosen mixers, which keep their settings."""
+    settings = {name: own for name, own in _settings(overrides).items() if name in chosen}
+    again = [*_without_search(overrides), "model=hybrid", f"model.layers=[{','.join(chosen)}]"]
+    return [*again, f"model.settings={_literal(settings)}"] if settings else again
+
+
+def alone(overrides: Sequence[str], name: str) -> list[str]:
+    """The same recipe with one candidate in every layer."""
+    own = _settings(overrides).get(name, {})
+    return [
+        *_without_search(overrides),
+        f"model={name}",
+        *(f"model.{key}={_literal(value)}" for key, value in own.items()),
+    ]
+
+
+def _settings(overrides: Sequence[str]) -> dict[str, dict[str, Any]]:
+    return compose(searching(overrides)).model.own["settings"]
+
+
+def _without_search(overrides: Sequence[str]) -> list[str]:
+    return [o.input_line for o in parse(overrides) if o.key_or_group not in SEARCH_ALONE]
+
+
+def _literal(value: Any) -> str:
+    """A value in the grammar of overrides: JSON without quotes around keys."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{_literal(v)}" for key, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(_literal(v) for v in value) + "]"
+    return json.dumps(value) if not isinstance(value, str) else value
+
+
+def told(found: Found) -> str:
+    """What a search found, as text: a line a layer, its candidates by weight, the heaviest named."""
+    record = found.record
+    title = f"{record.task} ({record.length:,} tokens), seed {record.seed}: search over mechanisms, {ORIGIN}"
+    if record.status != "ok":
+        return f"{title}\n  {record.status}: {record.reason}"
+    lines = [title]
+    for index, (weights, chosen) in enumerate(zip(found.weights, found.chosen, strict=True)):
+        ranked = sorted(weights.items(), key=lambda item: -item[1])
+        shares = "  ".join(f"{name} {100 * weight:.1f} %" for name, weight in ranked)
+        lines.append(f"  layer {index}: {chosen:<16} ({shares})")
+    return "\n".join(lines)

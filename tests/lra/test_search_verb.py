@@ -1,0 +1,159 @@
+"""The search over mechanisms: who is trained on what, what it tells, and what is trained again."""
+
+import pytest
+import torch
+
+from lra import cli, records, run
+from lra.architecture import WARMUP_SHARE, ArchitectureStep
+from lra.config import compose
+from lra.data.prepare import prepare
+from lra.errors import UserError
+from lra.search import Found, alone, retraining, search, searching, told
+from lra.step import is_architecture, parameter_groups
+from lra.train import Trainer
+
+SEARCH = ["model=search", "model.candidates=[identity,softmax]"]
+
+
+def trainer(overrides, folder) -> Trainer:
+    config = compose(overrides)
+    folder.mkdir(parents=True, exist_ok=True)
+    return Trainer(config, prepare(config.task, config.length), folder)
+
+
+def split_parameters(made) -> tuple[list, list]:
+    every = list(made.model.parameters())
+    return [p for p in every if is_architecture(p)], [p for p in every if not is_architecture(p)]
+
+
+def test_training_batches_move_mixers_alone_and_validation_batches_weights_alone(tiny, tmp_path):
+    made = trainer(tiny(*SEARCH), tmp_path)
+    sought, others = split_parameters(made)
+    before = [p.detach().clone() for p in (*sought, *others)]
+    made.step(made.batches["train"].train(0), lr=0.1)
+    assert all(torch.equal(p, b) for p, b in zip(sought, before, strict=False))
+    assert any(not torch.equal(p, b) for p, b in zip(others, before[len(sought) :], strict=True))
+    before = [p.detach().clone() for p in others]
+    made.architecture(made.batches["architecture"].train(0)[0])
+    assert all(torch.equal(p, b) for p, b in zip(others, before, strict=True))
+    assert made.model.mechanisms()[0].findings() != {"identity": 0.5, "softmax": 0.5}
+
+
+def test_validation_rows_train_the_weights(tiny, tmp_path):
+    made = trainer(tiny(*SEARCH), tmp_path)
+    assert made.batches["architecture"].num_rows == made.batches["val"].num_rows == 100
+    assert torch.equal(made.batches["architecture"].tokens, made.batches["val"].tokens)
+
+
+def test_no_optimizer_of_weights_where_nothing_is_sought(tiny, tmp_path):
+    made = trainer(tiny(), tmp_path)
+    assert made.architecture is None
+    assert ArchitectureStep.of(made.step, made.config) is None
+    grouped = sum(len(group["params"]) for group in parameter_groups(made.model, 0.0))
+    assert grouped == len(list(made.model.parameters()))
+
+
+def test_the_weights_wait_until_the_mixers_have_begun_to_learn(tiny, tmp_path, monkeypatch):
+    steps = []
+    monkeypatch.setattr(ArchitectureStep, "__call__", lambda self, batch: steps.append(made.state.step))
+    made = trainer(tiny(*SEARCH), tmp_path)
+    made.run()
+    assert steps == list(range(round(WARMUP_SHARE * 20), 20))
+
+
+def test_a_search_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(tiny, tmp_path):
+    whole = trainer(tiny(*SEARCH, "train.checkpoint_every=10"), tmp_path / "whole")
+    whole.run()
+    half = trainer(tiny(*SEARCH, "train.checkpoint_every=10"), tmp_path / "half")
+    monkey = half._evaluate_and_keep
+
+    def stop_at_ten():
+        monkey()
+        half._save()
+        raise KeyboardInterrupt
+
+    half._evaluate_and_keep = stop_at_ten
+    with pytest.raises(KeyboardInterrupt):
+        half.run()
+    again = trainer(tiny(*SEARCH, "train.checkpoint_every=10"), tmp_path / "half")
+    again.run()
+    assert again.model.mechanisms()[0].findings() == whole.model.mechanisms()[0].findings()
+
+
+def test_a_search_with_a_loss_scale_or_too_few_validation_rows_is_refused(tiny, tmp_path):
+    with pytest.raises(UserError, match="precision=bf16"):
+        trainer(tiny(*SEARCH, "train.precision=fp16"), tmp_path / "a")
+    with pytest.raises(UserError, match="100 validation rows"):
+        trainer(tiny(*SEARCH, "batch_size=200"), tmp_path / "b")
+
+
+def test_the_record_holds_the_weights_of_every_layer(tiny):
+    record = run.execute(compose(tiny(*SEARCH, "model.num_layers=2")))
+    layers = records.read(records.runs_root() / record.run_id).extra["findings"]
+    assert len(layers) == 2
+    assert all(set(layer) == {"identity", "softmax"} for layer in layers)
+    assert all(abs(sum(layer.values()) - 1) < 1e-3 for layer in layers)
+    assert "findings" not in run.execute(compose(tiny())).extra
+
+
+def test_a_search_takes_the_last_weights_unless_asked_otherwise():
+    assert compose(searching(["length=32"])).train.selection == "last"
+    assert compose(searching(["length=32", "train.selection=best_val"])).train.selection == "best_val"
+    assert compose(searching(["length=32"])).model.name == "search"
+    with pytest.raises(UserError, match="model.candidates="):
+        searching(["model=softmax"])
+
+
+def test_the_answer_is_trained_under_the_same_recipe():
+    asked = [
+        "length=32",
+        "train.lr=0.01",
+        "train.arch_lr=0.1",
+        "model.candidates=[identity,local,softmax]",
+        "model.settings={local:{window:3}}",
+        "model.d_model=32",
+    ]
+    config = compose(retraining(asked, ["local", "softmax"]))
+    assert config.model.name == "hybrid"
+    assert config.model.own == {"layers": ["local", "softmax"], "settings": {"local": {"window": 3}}}
+    assert (config.train.lr, config.model.backbone.d_model) == (0.01, 32)
+    assert config.train.selection == "best_val"
+    assert compose(retraining(asked, ["softmax", "softmax"])).model.own["settings"] == {}
+    assert compose(alone(asked, "local")).model.own["window"] == 3
+    assert compose(alone(asked, "softmax")).model.name == "softmax"
+
+
+def test_a_search_tells_its_weights_and_trains_its_answer_again(tiny):
+    (found,) = search(tiny("model.candidates=[identity,softmax]", "model.num_layers=2"), beside=True)
+    assert [record.model for record in found.runs] == ["search", "hybrid", "identity", "softmax"]
+    assert found.again[0].extra["own"]["layers"] == found.chosen
+    text = told(found)
+    assert "inspired by Hao and Zhu 2021" in text
+    assert len(text.splitlines()) == 3
+
+
+def test_the_heaviest_candidate_is_chosen_and_a_failed_search_says_why():
+    record = records.Record(
+        kind="train",
+        run_id="x",
+        status="ok",
+        model="search",
+        task="listops",
+        length=32,
+        seed=0,
+        extra={"findings": [{"softmax": 0.2, "local": 0.8}, {"softmax": 0.6, "local": 0.4}]},
+    )
+    assert Found(record).chosen == ["local", "softmax"]
+    broken = records.Record(
+        kind="train", run_id="x", status="oom", reason="too big", model="search", task="listops", length=32
+    )
+    assert "oom: too big" in told(Found(broken))
+
+
+def test_the_verb_prints_weights_and_table(tiny, capsys):
+    assert cli.main(["search", *tiny("model.candidates=[identity,linear]")]) == 0
+    printed = capsys.readouterr().out
+    assert "layer 0: " in printed
+    assert "hybrid" in printed
+    assert cli.main(["search", *tiny("model=linear")]) == 2
+    assert "model.candidates=" in capsys.readouterr().err
