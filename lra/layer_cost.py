@@ -34,6 +34,7 @@ LEAST_QUADRATIC = 3.0  # per doubling, for one that does
 VARIANTS = {  # other forms of a mechanism that cost something else
     "softmax": [{"kernel": "math"}],
     "based": [{"mode": "parallel"}],
+    "mega": [{"chunk": 128}],
     "yoso": [{"expectation": False}],
 }
 MIN_CALLS, MIN_SECONDS, WARMUP_CALLS = 5, 0.2, 3

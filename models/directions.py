@@ -3,12 +3,18 @@
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 # b batch, l length, d channels, w taps
 
 DIRECTIONS = ("tied", "untied", "forward")  # one set of parameters for both, one each, or no way back
+
+
+def known_directions(directions: str, name: str, choices: Sequence[str] = DIRECTIONS) -> str:
+    """`directions`, or ValueError if the mechanism `name` knows none of that name."""
+    if directions not in choices:
+        raise ValueError(f"unknown directions '{directions}' for {name}; choose from: {', '.join(choices)}")
+    return directions
 
 
 def both_directions(
@@ -50,8 +56,40 @@ def _zeroed(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Causal, each channel: y_t = sum_j weight[:, j] x_{t-j} + bias; x [b l d], weight [d w] -> [b l d]."""
-    width, length = weight.shape[1], x.shape[1]
-    padded = F.pad(x, (0, 0, width - 1, 0))
-    out = sum(padded[:, width - 1 - j :][:, :length] * weight[:, j] for j in range(width))
-    return out if bias is None else out + bias
+    """Causal, each channel: y_t = sum_j weight[:, j] x_{t-j} + bias; x [... l d], weight [... d w], bias
+    [... d], leading dimensions of both broadcast -> [... l d].
+    """
+    out = _ShortConv.apply(x, weight)
+    return out if bias is None else out + bias.unsqueeze(-2)
+
+
+class _ShortConv(torch.autograd.Function):
+    """Sums of shifted products, in place: autograd would make a zero-filled copy of x for every shift."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        dtype, length = torch.promote_types(x.dtype, weight.dtype), x.shape[-2]
+        x, taps = x.to(dtype), weight.to(dtype).unsqueeze(-3)  # [... 1 d w]
+        out = x * taps[..., 0]
+        for j in range(1, min(weight.shape[-1], length)):
+            out[..., j:, :].addcmul_(x[..., : length - j, :], taps[..., j])
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        taps, length = weight.to(grad.dtype).unsqueeze(-3), x.shape[-2]
+        reach = min(weight.shape[-1], length)
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad * taps[..., 0]
+            for j in range(1, reach):
+                grad_x[..., : length - j, :].addcmul_(grad[..., j:, :], taps[..., j])
+            grad_x = grad_x.to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros_like(weight)
+            for j in range(reach):
+                sums = (grad[..., j:, :] * x[..., : length - j, :]).sum(-2)
+                grad_weight[..., j] = sums.sum_to_size(weight.shape[:-1])
+        return grad_x, grad_weight

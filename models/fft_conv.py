@@ -35,6 +35,15 @@ def fft_conv(x: Tensor, kernel: Tensor, back: Tensor | None = None) -> Tensor:
         return _CircularConv.apply(x.transpose(1, 2), circle).transpose(1, 2).to(dtype)
 
 
+def sides(kernels: Tensor, directions: str) -> tuple[Tensor, Tensor | None]:
+    """What `fft_conv` takes for [s ... d k]: untied, one kernel each (s = 2), the token itself in the first;
+    tied, one kernel of the distance, taps 0, 1, ... (s = 1); forward, no way back.
+    """
+    if directions == "untied":
+        return kernels[0], kernels[1]
+    return kernels[0], kernels[0][..., 1:] if directions == "tied" else None
+
+
 def fast_size(least: int) -> int:
     """The smallest even number from `least` on of the form 2^a times 1, 3, 5, 9 or 15: what FFTs are fast
     at.

@@ -146,7 +146,7 @@ def _within_vector(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor
 
 
 def running_sum(x: Tensor) -> Tensor:
-    """Sums of the first 1, 2, ... rows of x [... c d]; by doubling, as cumsum is not deterministic on a GPU."""
+    """Sums of the first 1, 2, ... rows of x [... c d]; by doubling: cumsum is not deterministic on GPUs."""
     step = 1
     while step < x.shape[-2]:
         x = x + F.pad(x[..., :-step, :], (0, 0, step, 0))

@@ -36,6 +36,29 @@ def log_uniform(shape: tuple[int, ...], low: float, high: float) -> Tensor:
     return math.log(low) + torch.rand(shape) * (math.log(high) - math.log(low))
 
 
+def step_bias(shape: tuple[int, ...], low: float, high: float) -> Tensor:
+    """b with softplus(b) log-uniform in [low, high]: where the step sizes of selective models start from."""
+    if not 0 < low <= high:
+        raise ValueError(f"step sizes need 0 < dt_min <= dt_max, got dt_min={low}, dt_max={high}")
+    dt = log_uniform(shape, low, high).exp()
+    return dt + (-torch.expm1(-dt)).log()
+
+
+def hippo_legs(d_state: int) -> tuple[Tensor, Tensor, Tensor]:
+    """HiPPO-LegS as a normal matrix less a product: (frequencies, P, B), each [n] of the n = d_state / 2
+    conjugate pairs, float64: A = V (diag(-1/2 + i frequencies) - P P*) V*, frequencies rising.
+
+    arXiv 2111.00396, eq. 2 and appendix C: A + P P^T is -1/2 plus a skew matrix S, P = B / sqrt(2), B_k =
+    sqrt(2 k + 1). Each eigenvector gets the phase that makes its entry of B, and so of P, positive.
+    """
+    b = (2 * torch.arange(d_state, dtype=torch.float64) + 1).sqrt()
+    half = b[:, None] * b / 2
+    skew = half.triu(1) - half.tril(-1)
+    frequencies, vectors = torch.linalg.eigh(-1j * skew)
+    b = (vectors.mH @ b.to(vectors.dtype)).abs()[d_state // 2 :]
+    return frequencies[d_state // 2 :], b / 2**0.5, b
+
+
 def tagged(parameter: nn.Parameter, *, lr_scale: float = 1.0) -> nn.Parameter:
     """A parameter of the recurrence itself: no weight decay, its own share of the learning rate."""
     parameter.no_weight_decay = True

@@ -28,7 +28,7 @@ KNOWN = (
     "star", "routing", "external", "taylor", "deltanet",
     "ring", "clustered", "long_short", "hedgehog", "based",
     "las", "polaformer", "flash_quad", "long_conv", "tnn",
-    "mamba2", "gated_deltanet", "hgrn",
+    "mamba2", "gated_deltanet", "hgrn", "mega_mixer", "search", "hybrid",
 )  # fmt: skip
 
 

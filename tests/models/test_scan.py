@@ -148,6 +148,16 @@ def test_the_short_convolution_looks_at_the_past_alone():
         torch.testing.assert_close(short_conv(x, weight, bias)[:, t], expected)
 
 
+@pytest.mark.parametrize("length", [1, 2, 4, 9])
+def test_the_short_convolution_of_two_sets_of_weights_has_the_gradients_of_its_sum(length):
+    x, weight = draw(2, 3, length, 5).requires_grad_(), draw(2, 1, 5, 4, seed=1).requires_grad_()
+    rows = [
+        sum((weight[..., j] * x[:, :, t - j] for j in range(min(4, t + 1))), torch.zeros(2, 3, 5).double())
+        for t in range(length)
+    ]
+    same_with_gradients(short_conv(x, weight), torch.stack(rows, dim=2), x, weight)
+
+
 @pytest.mark.parametrize("length", [1, 2, 127, 128, 300])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
 def test_an_exponential_kernel_equals_its_sum(length, dtype):

@@ -1,0 +1,112 @@
+"""Systems with many inputs, many outputs and states that decay each by one complex number, the same at all
+positions: what S5 and the linear recurrent unit are.
+
+Within a chunk the states are a triangular matrix of powers times the updates; from chunk to chunk they are
+the same recurrence again, over the ends of the chunks.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.common import full_precision
+from models.scan import before
+
+# b batch, l length, n chunks, c positions of a chunk, d inputs, e outputs, r states, k directions
+
+CHUNK = 32  # positions; 16 and 64 take about as long on a CPU
+
+
+def diagonal_system(x: Tensor, log_decay: Tensor, inputs: Tensor, outputs: Tensor) -> Tensor:
+    """y = Re(C h) with the states h of updates B x; of two directions, the sum, each with its own C.
+
+    x [b l d], float32 or float64, zeros at padding; log_decay [r], complex128; B: inputs [r d], C: outputs
+    [k r e], both complex; k = 1 is from the start alone, k = 2 from the start and from the end -> [b l e].
+    """
+    batch_size, length = x.shape[:2]
+    if length > CHUNK and length % CHUNK:
+        x = F.pad(x, (0, 0, 0, -length % CHUNK))
+    dtype = torch.complex128 if x.dtype == torch.float64 else torch.complex64
+    inputs, outputs = inputs.to(dtype), outputs.to(dtype)
+    with full_precision(x):
+        updates = torch.cat([inputs.real, inputs.imag]) @ x.flatten(0, 1).mT  # [2r bl]
+        updates = updates.unflatten(0, (2, -1)).unflatten(-1, (batch_size, -1)).movedim(0, -1)  # [r b l 2]
+        updates = torch.view_as_complex(updates.contiguous())
+        states = diagonal_scan(log_decay, updates, len(outputs))
+        y = states[0].flatten(1).mT @ outputs[0]
+        if len(outputs) == 2:
+            y = torch.addmm(y, states[1].flatten(1).mT, outputs[1])
+    return y.real.unflatten(0, (batch_size, -1))[:, :length]
+
+
+def diagonal_scan(log_decay: Tensor, updates: Tensor, directions: int) -> tuple[Tensor, ...]:
+    """All states of h_t = exp(log_decay) h_{t-1} + update_t and, with two directions, those from the end, of
+    h_t = exp(log_decay) h_{t+1} + update_t.
+
+    log_decay [r], complex128; updates [r b l], complex -> one tensor [r b l] for each direction. Powers are
+    taken in double precision, since a position times a frequency is a large number.
+    """
+    return _DiagonalScan.apply(log_decay, updates, directions)
+
+
+class _DiagonalScan(torch.autograd.Function):
+    """Keeps the states alone; the gradient of the updates is the same recurrence from the other end."""
+
+    @staticmethod
+    def forward(ctx, log_decay: Tensor, updates: Tensor, directions: int) -> tuple[Tensor, ...]:
+        states = _states(log_decay, [updates] * directions, (False, True)[:directions])
+        ctx.save_for_backward(log_decay, *states)
+        return tuple(states)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        log_decay, *states = ctx.saved_tensors
+        adjoint = _states(log_decay.conj(), grads, (True, False)[: len(grads)])
+        products = [_product(states[0][..., :-1], adjoint[0][..., 1:])]
+        if len(states) == 2:
+            products.append(_product(states[1][..., 1:], adjoint[1][..., :-1]))
+        grad_log = sum(products).to(log_decay.dtype) * log_decay.exp().conj()
+        return grad_log, adjoint[0] if len(adjoint) == 1 else adjoint[0] + adjoint[1], None
+
+
+def _product(states: Tensor, adjoint: Tensor) -> Tensor:
+    """conj(states) times adjoint, summed over all but the first axis, without a tensor of their size: [r]."""
+    return (states[..., None].mH @ adjoint[..., None]).sum(dim=(1, 2, 3))
+
+
+def _states(log_decay: Tensor, updates: Sequence[Tensor], from_end: Sequence[bool]) -> list[Tensor]:
+    """The recurrence of each tensor [r b l], from the start or from the end."""
+    states, batch_size, length = updates[0].shape
+    c = min(length, CHUNK)
+    powers = powers_of(log_decay, c + 1).to(updates[0].dtype)  # [r c+1]
+    triangle = toeplitz(powers[:, :-1])  # [r c c], row i: what update i gives to positions i, i + 1, ...
+    if length % c:
+        updates = [F.pad(u, (0, -length % c)) for u in updates]
+    chunks = [u.reshape(states, -1, c) for u in updates]  # [r bn c]
+    found = [u @ (triangle.mT if end else triangle) for u, end in zip(chunks, from_end, strict=True)]
+    if length <= c:
+        return [h.view(states, batch_size, length) for h in found]
+    ends = [
+        h[..., 0 if end else -1].view(states, batch_size, -1) for h, end in zip(found, from_end, strict=True)
+    ]
+    ends = torch.cat([e.flip(-1) if end else e for e, end in zip(ends, from_end, strict=True)], dim=1)
+    carried = before(_states(c * log_decay, [ends], (False,))[0], dim=2).split(batch_size, dim=1)
+    for h, carry, end in zip(found, carried, from_end, strict=True):
+        carry = carry.flip(-1) if end else carry  # [r b n]: the state that enters each chunk
+        reach = powers[:, 1:].flip(-1) if end else powers[:, 1:]
+        h.baddbmm_(carry.reshape(states, -1, 1), reach[:, None])
+    return [h.view(states, batch_size, -1)[..., :length] for h in found]
+
+
+def powers_of(log_decay: Tensor, count: int) -> Tensor:
+    """exp(0), exp(log_decay), exp(2 log_decay), ... [r count]."""
+    return (log_decay[:, None] * torch.arange(count, device=log_decay.device)).exp()
+
+
+def toeplitz(powers: Tensor) -> Tensor:
+    """[r c] -> [r c c]: power j - i in row i and column j, 0 where j < i."""
+    place = torch.arange(powers.shape[-1], device=powers.device)
+    lag = place - place[:, None]
+    return powers[:, lag.clamp_min(0)] * (lag >= 0)

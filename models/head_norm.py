@@ -1,0 +1,22 @@
+"""Normalisation of each head's output on its own: what gated recurrences of heads end in."""
+
+import torch
+from torch import Tensor
+
+from models.common import at_least_fp32
+
+# h heads, e width of a head's values
+
+KINDS = ("rms", "layer")
+
+
+def head_norm(x: Tensor, weight: Tensor | None = None, *, kind: str = "rms", eps: float = 1e-5) -> Tensor:
+    """x [... h e] over its root mean square, or with mean 0 and variance 1, times weight [e], if any.
+
+    In at least float32, returned in the dtype of x.
+    """
+    (wide,) = at_least_fp32(x)
+    if kind == "layer":
+        wide = wide - wide.mean(dim=-1, keepdim=True)
+    out = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+    return (out if weight is None else out * weight).to(x.dtype)

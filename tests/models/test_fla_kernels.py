@@ -1,0 +1,267 @@
+"""When fla-core's kernels are taken and what they are given; on a GPU, that they equal the torch forms."""
+
+import logging
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models import Place, build, fla_kernels, scan
+from models.delta_rule import delta_rule
+
+OPERATIONS = ("chunk_gla", "chunk_simple_gla", "chunk_delta_rule", "chunk_gated_delta_rule")
+
+
+class Given(list):
+    """Stands in for fla-core: calls with their names and arguments, outputs of twice the values."""
+
+    def module(self, name):
+        module = ModuleType(name)
+        for operation in OPERATIONS:
+
+            def run(operation=operation, **given):
+                self.append((operation, given))
+                return 2 * given["v"], None
+
+            setattr(module, operation, run)
+        return module
+
+
+@pytest.fixture
+def fla(monkeypatch):
+    """A machine on which fla-core runs, CPU or not."""
+    given = Given()
+    for path in ("triton", "fla", "fla.ops", *fla_kernels.OPERATIONS.values()):
+        monkeypatch.setitem(sys.modules, path, given.module(path))
+    monkeypatch.setattr(fla_kernels, "unavailable", lambda device: "")
+    return given
+
+
+def tensors(dtype=torch.bfloat16, width=4):
+    return (
+        torch.randn(2, 5, 3, width).to(dtype),
+        torch.randn(2, 5, 3, width).to(dtype),
+        torch.randn(2, 5, 3, 6).to(dtype),
+    )
+
+
+@pytest.mark.parametrize(("kernel", "taken"), [("auto", True), ("fla", True), ("torch", False)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_fla_s_where_it_runs(fla, kernel, dtype, taken):
+    assert fla_kernels.chosen(kernel, *tensors(dtype)) is taken
+
+
+def test_autocast_counts_as_half_precision(fla):
+    wide = tensors(torch.float32)
+    assert not fla_kernels.chosen("auto", *wide)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fla_kernels.chosen("auto", *wide)
+        assert not fla_kernels.chosen("auto", *tensors(torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_full_precision_is_torch_s(fla, dtype):
+    assert not fla_kernels.chosen("auto", *tensors(dtype))
+    name = str(dtype).removeprefix("torch.")
+    with pytest.raises(ValueError, match=f"needs bfloat16 or float16, .* and got {name}; use kernel=auto"):
+        fla_kernels.chosen("fla", *tensors(dtype))
+
+
+def test_one_double_tensor_among_half_ones_is_torch_s(fla):
+    assert not fla_kernels.chosen("auto", *tensors(), torch.zeros(1).double())
+
+
+def test_wide_heads_are_torch_s(fla):
+    assert fla_kernels.chosen("auto", *tensors(width=256)) and not fla_kernels.chosen(
+        "auto", *tensors(width=257)
+    )
+
+
+def test_compilation_is_torch_s(fla, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not fla_kernels.chosen("auto", *tensors())
+    with pytest.raises(RuntimeError, match="kernel=fla cannot be compiled"):
+        fla_kernels.chosen("fla", *tensors())
+
+
+def test_an_unknown_kernel_is_refused(fla):
+    with pytest.raises(ValueError, match="unknown kernel 'cuda' for gla; choose from: auto, torch, fla"):
+        fla_kernels.checked("cuda", "gla")
+
+
+def test_a_cpu_is_refused_and_left_to_torch():
+    assert not fla_kernels.chosen("auto", *tensors())
+    with pytest.raises(RuntimeError, match="kernel=fla cannot run: it needs a CUDA device, .* on 'cpu'"):
+        fla_kernels.chosen("fla", *tensors())
+    layer = build("gla", Place(d_model=16, num_heads=2, max_len=9), kernel="fla")
+    with pytest.raises(RuntimeError, match="kernel=fla cannot run"):
+        layer(torch.randn(1, 5, 16))
+
+
+@pytest.mark.parametrize(
+    ("missing", "reason"),
+    [("triton", "triton is not installed"), ("fla", "fla-core is not installed")],
+)
+def test_a_missing_package_is_named(monkeypatch, missing, reason):
+    fla_kernels.unavailable.cache_clear()
+    for path in ("triton", "fla"):
+        monkeypatch.setitem(sys.modules, path, None if path == missing else ModuleType(path))
+    assert reason in fla_kernels.unavailable(torch.device("cuda", 0))
+    fla_kernels.unavailable.cache_clear()
+
+
+def test_a_package_that_breaks_at_import_is_named(monkeypatch):
+    def breaks(name):
+        raise RuntimeError("0 active drivers")
+
+    fla_kernels.unavailable.cache_clear()
+    for path in ("triton", "fla"):
+        monkeypatch.setitem(sys.modules, path, ModuleType(path))
+    monkeypatch.setattr(fla_kernels, "operation", breaks)
+    found = fla_kernels.unavailable(torch.device("cuda", 0))
+    assert found == "fla-core does not import (RuntimeError: 0 active drivers)"
+    fla_kernels.unavailable.cache_clear()
+
+
+def test_packages_are_looked_for_once_per_device(monkeypatch):
+    asked = []
+    monkeypatch.setitem(sys.modules, "triton", ModuleType("triton"))
+    monkeypatch.setitem(sys.modules, "fla", ModuleType("fla"))
+    monkeypatch.setattr(fla_kernels, "operation", asked.append)
+    fla_kernels.unavailable.cache_clear()
+    for _ in range(3):
+        fla_kernels.unavailable(torch.device("cuda", 0))
+    fla_kernels.unavailable.cache_clear()
+    assert asked == list(OPERATIONS)
+
+
+def test_the_choice_is_logged_once_with_its_reason(fla, caplog):
+    fla_kernels._tell.cache_clear()
+    with caplog.at_level(logging.INFO, "models.fla_kernels"):
+        for _ in range(3):
+            fla_kernels.chosen("auto", *tensors())
+            fla_kernels.chosen("auto", *tensors(torch.float32))
+    fla_kernels._tell.cache_clear()
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first == "recurrences on cpu: the kernels of fla-core"
+    assert second.startswith("recurrences on cpu: torch, because it needs bfloat16 or float16")
+
+
+@pytest.mark.parametrize(("width", "operation"), [(4, "chunk_gla"), (1, "chunk_simple_gla")])
+def test_decayed_attention_gives_fla_what_it_wants(fla, width, operation):
+    q, k, v = tensors()
+    log_decay = -torch.rand(2, 5, 3, width)
+    out = fla_kernels.decayed_attention(q, k, v, log_decay, scale=0.25)
+    ((name, given),) = fla
+    assert name == operation and set(given) == {"q", "k", "v", "g", "scale"} and given["scale"] == 0.25
+    assert torch.equal(given["q"], q) and torch.equal(given["k"], k) and torch.equal(given["v"], v)
+    assert given["g"].dtype == torch.float32
+    assert torch.equal(given["g"], log_decay if width > 1 else log_decay[..., 0])
+    assert torch.equal(out, 2 * v) and out.dtype == v.dtype
+
+
+def test_one_log_decay_for_all_rows_is_repeated(fla):
+    q, k, v = tensors()
+    log_decay = -torch.rand(1, 5, 3, 1)
+    fla_kernels.decayed_attention(q, k, v, log_decay)
+    assert torch.equal(fla[0][1]["g"], log_decay[..., 0].expand(2, 5, 3))
+
+
+def test_products_are_in_the_precision_of_autocast_and_outputs_in_that_of_the_values(fla):
+    q, k, v = tensors(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = fla_kernels.decayed_attention(q, k, v, -torch.rand(2, 5, 3, 1))
+    assert all(fla[0][1][name].dtype == torch.bfloat16 for name in "qkv") and out.dtype == torch.float32
+
+
+@pytest.mark.parametrize("trailing", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_delta_rules_give_fla_what_it_wants(fla, gated, trailing):
+    q, k, v = tensors()
+    beta, log_decay = torch.rand(2, 5, 3), -torch.rand(2, 5, 3)
+    more = [x[..., None] if trailing else x for x in ((beta, log_decay) if gated else (beta,))]
+    out = fla_kernels.delta_rule(q, k, v, *more, scale=0.5)
+    ((name, given),) = fla
+    assert name == ("chunk_gated_delta_rule" if gated else "chunk_delta_rule") and given["scale"] == 0.5
+    assert set(given) == {"q", "k", "v", "beta", "scale"} | ({"g"} if gated else set())
+    assert torch.equal(given["beta"], beta.bfloat16()) and torch.equal(out, 2 * v)
+    assert not gated or (torch.equal(given["g"], log_decay) and given["g"].dtype == torch.float32)
+
+
+def test_gla_asks_for_its_scale_and_both_directions_as_one_batch(fla):
+    layer = build("gla", Place(d_model=16, num_heads=2, max_len=9), kernel="fla").bfloat16()
+    layer(torch.randn(3, 7, 16).bfloat16())
+    ((name, given),) = fla
+    assert name == "chunk_gla" and given["scale"] == 0.5 and given["q"].shape == (6, 7, 2, 4)
+
+
+def rms(expected, found):
+    return ((found.double() - expected).square().mean().sqrt() / expected.square().mean().sqrt()).item()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize(
+    ("length", "heads", "keys", "values"),
+    [(1, 1, 16, 16), (63, 2, 24, 48), (200, 3, 32, 64), (1000, 2, 64, 128)],
+)
+def test_fla_equals_torch_in_outputs_and_gradients(operation, length, heads, keys, values, dtype):
+    """Against float64 on the same rounded inputs; rows are ragged, padding is zeroed as mechanisms do."""
+    assert fla_kernels.unavailable(torch.device("cuda", 0)) == ""
+    generator = torch.Generator().manual_seed(length)
+
+    def draw(*shape):
+        return torch.randn(3, length, heads, *shape, generator=generator, dtype=torch.float64)
+
+    q, k, v = draw(keys), F.normalize(draw(keys), dim=-1), draw(values)
+    one = operation != "chunk_gla"
+    log_decay, beta = F.logsigmoid(draw(1 if one else keys) + 2), draw().sigmoid()
+    real = torch.tensor([length, max(1, length // 2), max(1, length // 3)])
+    mask = (torch.arange(length) < real[:, None])[:, :, None, None]
+    inputs = [(x * mask).to(dtype) for x in (q, k, v)]
+    if operation != "chunk_delta_rule":
+        inputs.append((log_decay * mask).float())
+    if "delta" in operation:
+        inputs.insert(3, (beta * mask[..., 0]).to(dtype))
+    weight = (draw(values) * mask).cuda()
+
+    def run(function, cast):
+        leaves = [x.cuda().to(cast or x.dtype).requires_grad_() for x in inputs]
+        out = function(*leaves)
+        return [out, *torch.autograd.grad((out.double() * weight).sum(), leaves)]
+
+    if "delta" in operation:
+        expected = run(
+            lambda q, k, v, beta, g=None: delta_rule(q, k, v, beta, None if g is None else g[..., 0]),
+            torch.float64,
+        )
+        found = run(fla_kernels.delta_rule, None)
+    else:
+        expected, found = run(scan.decayed_attention, torch.float64), run(fla_kernels.decayed_attention, None)
+    names = ["out", *"qkv", *(["beta"] if "delta" in operation else []), "log_decay"]
+    largest = max(x.square().mean().sqrt().item() for x in expected[1:])
+    for name, a, b in zip(names, expected, found, strict=False):
+        assert a.shape == b.shape and b.isfinite().all(), name
+        if a.square().mean().sqrt() > 1e-3 * largest:  # those that are zero but for rounding say nothing
+            assert rms(a, b) < 2e-2, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["gla", "retnet"])
+def test_a_layer_under_autocast_takes_fla_and_equals_torch(name, monkeypatch):
+    calls = []
+    honest = fla_kernels.operation
+    monkeypatch.setattr(fla_kernels, "operation", lambda n: calls.append(n) or honest(n))
+    layer = build(name, Place(d_model=64, num_heads=2, max_len=300)).cuda()
+    x = torch.randn(3, 300, 64, device="cuda")
+    mask = torch.arange(300, device="cuda") < torch.tensor([300, 170, 1], device="cuda")[:, None]
+    results = []
+    for kernel in ("torch", "auto"):
+        layer.kernel = kernel
+        with torch.autocast("cuda", torch.bfloat16):
+            results.append(layer(x, mask)[mask].double())
+        assert bool(calls) == (kernel == "auto")
+    assert rms(*results) < 2e-2
