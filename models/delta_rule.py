@@ -76,7 +76,7 @@ def _scores(x: Tensor, k: Tensor, ratios: Tensor) -> Tensor:
     return (x @ k.mT) * ratios
 
 
-def _kept_small(function, *args):
+def _kept_small(function: Callable, *args: Tensor):
     """function(*args), computed again in the backward pass instead of kept."""
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 

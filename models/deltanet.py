@@ -31,7 +31,13 @@ from models.delta_rule import delta_rule, queries_keys_values, rms_norm, short_f
 from models.directions import both_directions, forward_alone, known_directions
 from models.fla_kernels import checked
 
-FEATURE_MAPS = {"silu": F.silu, "relu": F.relu, "elu": lambda x: F.elu(x) + 1, "identity": lambda x: x}
+
+def elu_plus_one(x: Tensor) -> Tensor:
+    """elu(x) + 1; of parts of a tensor, torch's compiler expects another layout from F.elu than it gets."""
+    return F.relu(x) + x.clamp_max(0).exp()
+
+
+FEATURE_MAPS = {"silu": F.silu, "relu": F.relu, "elu": elu_plus_one, "identity": lambda x: x}
 NORMS = ("l2", "l1")
 
 

@@ -3,17 +3,18 @@
 Paper    Poli et al. 2023, arXiv 2302.10866, definition 3.1 and sections 3.2-3.3
 Computes v, x^1, ..., x^N = short convolutions of projections of the input;  z^1 = v,
          z^{n+1} = x^n * (h^n conv z^n + D^n z^n),   out = W z^{N+1} + c
-         h^n_t = (exp(-a |t|/(max_len - 1)) + shift) network(features of |t|), a from fast to slow over the
+         h^n_t = (exp(-a |t|/(max_len - 1)) + shift) network(features of |t|), a from slow to fast over the
          width; the network has sines of `frequency` (learned) times its linear maps in place of activations,
          its features are |t|/(max_len - 1) and sine and cosine of 0, 1, ..., bands - 1 periods of max_len
+         normalise  the network over the sum of its absolute values over the width, at each distance
          untied the last map of the network has outputs of its own for each direction; tied h_{-t} = h_t;
          forward no way back. The token itself counts once. The short convolution is centred, forward: causal
 Cost     time O(N L log(L) D), memory O(N L D)
 Exact    yes
 Padding  projections and the input of every convolution are zeroed at padding; a hole keeps distances
 Differs  two-sided (paper: causal); N long convolutions, as in the paper (released code of order N has N - 1:
-         the first is left out); features are fixed (released: learned at a rate of 1e-5) and the first sine
-         of frequency 0 stays 1e-4, as released
+         the first is left out); features are fixed (released: learned at a rate of 1e-5), their 0 periods are
+         1e-4, as released; normalise sums over one filter and direction (released: over all)
 """
 # b batch, l length, d width, n order, k taps, s directions, f features, w hidden width
 
@@ -42,7 +43,13 @@ def features(distance: Tensor, max_len: int, bands: int) -> Tensor:
 
 
 def filters(
-    inputs: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], frequency: Tensor, shift: float
+    inputs: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    frequency: Tensor,
+    *,
+    shift: float = 0.0,
+    normalise: bool = False,
 ) -> Tensor:
     """inputs: [k f], weights: [w f], [w w] ..., [s n d w], biases: [w] but for the last -> [s n d k]."""
     *weights, last = at_least_fp32(*weights)
@@ -52,6 +59,8 @@ def filters(
         for weight, bias in zip(weights, biases, strict=True):
             hidden = torch.sin(frequency * (hidden @ weight.mT + bias))
         kernels = last @ hidden.mT
+    if normalise:
+        kernels = kernels / kernels.abs().sum(dim=-2, keepdim=True)
     rates = torch.linspace(SLOW, FAST, last.shape[-2], device=last.device, dtype=last.dtype)
     return kernels * (torch.exp(-rates[:, None] * inputs[:, 0]) + shift)
 
@@ -90,6 +99,7 @@ class Hyena(Mixer):
         bands: int = 16,
         frequency: float = 14.0,
         shift: float = 0.0,
+        normalise: bool = False,
         kernel_size: int = 3,
         directions: str = "untied",
         filter_lr_scale: float = 1.0,
@@ -104,7 +114,7 @@ class Hyena(Mixer):
             raise ValueError(f"hyena centres a short kernel of odd size, got kernel_size={kernel_size}")
         if not 0 < frequency < math.inf:
             raise ValueError(f"hyena needs frequency > 0, got {frequency}")
-        self.order, self.bands, self.shift = order, bands, shift
+        self.order, self.bands, self.shift, self.normalise = order, bands, shift, normalise
         self.directions = known_directions(directions, "hyena")
         d, streams = place.d_model, (order + 1) * place.d_model
         self.streams = nn.Linear(d, streams, bias=place.bias)
@@ -139,7 +149,8 @@ class Hyena(Mixer):
         """The filters at distances 0 ... length - 1, [s n d length]."""
         distance = torch.arange(length, device=self.skip.device, dtype=torch.float64)
         inputs = features(distance, self.place.max_len, self.bands)
-        return filters(inputs, self.filter_weights, self.filter_biases, self.frequency, self.shift)
+        network = (self.filter_weights, self.filter_biases, self.frequency)
+        return filters(inputs, *network, shift=self.shift, normalise=self.normalise)
 
     def state_size(self, length: int) -> int:
         return self.order * length * self.place.d_model  # what each convolution has seen

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from proofs.hgrn import reference
 
 from models import Place, build
 from models.hgrn import floor_of_layer, gates
-from proofs.hgrn import reference
 
 EXACT = {"rtol": 0, "atol": 1e-12}  # float64 rounding
 PLACE = Place(d_model=8, num_heads=2, max_len=80)

@@ -23,11 +23,22 @@ def test_the_window_falls_to_a_hundredth_at_its_reach():
     inputs = features(torch.arange(41.0).double(), 41, 1)
     weights = [torch.zeros(2, 3).double(), torch.ones(1, 1, 3, 2).double() / 2]
     biases, one = [torch.full((2,), math.pi / 2).double()], torch.ones(2).double()
-    window = filters(inputs, weights, biases, one, 0.0)[0, 0]  # the network is 1 everywhere
+    window = filters(inputs, weights, biases, one)[0, 0]  # the network is 1 everywhere
     torch.testing.assert_close(window[-1, 12], torch.tensor(0.01).double(), rtol=1e-6, atol=0)  # 0.3 * 40
     torch.testing.assert_close(window[0, -1], torch.tensor(0.01 ** (1 / 1.5)).double(), rtol=1e-6, atol=0)
-    shifted = filters(inputs, weights, biases, one, 0.5)[0, 0]
+    shifted = filters(inputs, weights, biases, one, shift=0.5)[0, 0]
     torch.testing.assert_close(shifted, window + 0.5, rtol=0, atol=1e-7)
+
+
+def test_normalised_filters_keep_outputs_small_at_any_length():
+    sizes = {}
+    for max_len in (256, 4096):
+        torch.manual_seed(0)
+        layer, x = build("hyena", Place(32, 2, max_len), normalise=True), torch.randn(1, max_len, 32)
+        taps = layer.kernels(max_len)
+        assert taps[..., 0].abs().sum(dim=-1).sub(1).abs().max() < 1e-5  # the window is 1 there
+        sizes[max_len] = layer(x).std().item()
+    assert sizes[4096] < 3 * sizes[256]
 
 
 def test_filters_do_not_depend_on_the_padded_length():

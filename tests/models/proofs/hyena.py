@@ -5,7 +5,7 @@ import math
 import torch
 
 from models.hyena import features, filters, hyena
-from proofs.faults import NO_SCALE, Plant, unmasked
+from proofs.faults import Plant, changed, unmasked
 from proofs.kit import Limit, Oracle, affine, distance, draw, rows
 from proofs.long_conv import late, over_lags
 
@@ -25,9 +25,12 @@ def tap(module, t):
     *inner, last = module.filter_weights
     for weight, bias in zip(inner, module.filter_biases, strict=True):
         hidden = torch.sin(module.frequency * (weight @ hidden + bias))
+    taps = last @ hidden
+    if module.normalise:
+        taps = taps / sum(taps[..., c].abs() for c in range(taps.shape[-1]))[..., None]
     slow, fast = math.log(100) / 1.5, math.log(100) / 0.3
     rate = torch.tensor([slow + (fast - slow) * c / max(1, d - 1) for c in range(d)], dtype=torch.float64)
-    return last @ hidden * (torch.exp(-rate * z[0]) + module.shift)
+    return taps * (torch.exp(-rate * z[0]) + module.shift)
 
 
 def reference(module, x, mask=None):
@@ -55,7 +58,7 @@ def reference(module, x, mask=None):
 CASES = [
     {"d_filter": 8, "bands": 3},
     {"d_filter": 8, "bands": 1, "directions": "tied", "order": 1, "shift": 0.1, "filter_layers": 0},
-    {"d_filter": 8, "bands": 2, "directions": "forward", "order": 3, "kernel_size": 5, "frequency": 2.0},
+    {"d_filter": 8, "bands": 2, "directions": "forward", "order": 3, "kernel_size": 5, "normalise": True},
 ]
 
 MASK = torch.arange(21) % 5 != 3
@@ -110,7 +113,7 @@ def against_torch():
     expected = network(inputs).view(21, 2, 3) * window[:, None]  # [k n d], rates evenly from 1/1.5 to 1/0.3
     weights = [linear[0].weight, linear[1].weight, linear[2].weight.view(1, 2, 3, 4)]
     frequency = torch.full((4,), 3.0, dtype=torch.float64)
-    found = filters(inputs, weights, [layer.bias for layer in linear[:2]], frequency, 0.0)[0]
+    found = filters(inputs, weights, [layer.bias for layer in linear[:2]], frequency)[0]
     z, gates, skip = draw(2, 21, 3), draw(2, 2, 21, 3, seed=1), draw(2, 3, seed=2)
     mixed = hyena(z, found, None, gates, skip)
     for n in range(2):
@@ -131,8 +134,8 @@ def gate_first(args, kwargs):
 
 
 FAULTS = {
-    "no scale": NO_SCALE,
-    "no mask": Plant("hyena", unmasked, check="content_invariance"),
+    "no scale": Plant("filters", changed(normalise=lambda _: False), {"d_filter": 8, "normalise": True}),
+    "no mask": Plant("hyena", unmasked, check="length_invariance"),  # streams are zeroed before
     "k and v swapped": Plant("hyena", gate_first),  # what is convolved, and the first gate
     "window off by one": Plant("hyena", late),
     "wrong eps": "the formula has no eps: it divides by nothing",
