@@ -47,7 +47,7 @@ def delta_rule(
 
     Where beta and g are zero the state stays as it is. Stable for |beta k.k - 1| <= 1, equal keys included.
     """
-    if fla_kernels.chosen(kernel, q, k, v, beta):
+    if fla_kernels.chosen(kernel, q, k, v, beta, one_decay=log_decay is not None):
         return fla_kernels.delta_rule(q, k, v, beta, log_decay, scale=scale)
     dtype, length = v.dtype, v.shape[1]
     q, k, v = (in_chunks(x, chunk).contiguous() for x in at_least_fp32(q, k, v))  # [b h n c d]

@@ -9,6 +9,7 @@ compute in half precision what the torch forms compute in float32.
 import functools
 import importlib
 import logging
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -35,8 +36,9 @@ def checked(kernel: str, name: str) -> str:
     return kernel
 
 
-def chosen(kernel: str, *tensors: Tensor) -> bool:
-    """True if a recurrence over these (queries first) is fla's to compute.
+def chosen(kernel: str, *tensors: Tensor, one_decay: bool = False) -> bool:
+    """True if a recurrence over these (queries first) is fla's to compute; `one_decay` if it has one decay
+    for all dimensions of a head that differs from token to token.
 
     kernel=fla raises RuntimeError where fla-core cannot run at all and ValueError for tensors it cannot take.
     """
@@ -49,6 +51,8 @@ def chosen(kernel: str, *tensors: Tensor) -> bool:
         return False
     device = tensors[0].device
     missing, unfit = unavailable(device), unsuited(*tensors)
+    if one_decay and not missing:
+        missing = without_gradients(device)
     if kernel == "fla":
         if missing:
             raise RuntimeError(f"kernel=fla cannot run: {missing}; use kernel=auto or kernel=torch")
@@ -76,6 +80,18 @@ def unavailable(device: torch.device) -> str:
     except Exception as error:  # it looks at drivers and versions as it is imported: whatever it raises
         return f"fla-core does not import ({type(error).__name__}: {error})"
     return ""
+
+
+@functools.cache
+def without_gradients(device: torch.device) -> str:
+    """Why fla-core refuses the gradients of one decay a head, empty if it does not: some versions of Triton
+    compile them wrongly on Hopper GPUs (fla-org/flash-linear-attention, issue 640), and it raises there.
+    """
+    fla = importlib.import_module("fla.utils")
+    faulty = getattr(fla, "TRITON_ABOVE_3_4_0", False) and not getattr(fla, "TRITON_ABOVE_3_7_1", True)
+    if not (getattr(fla, "IS_NVIDIA_HOPPER", False) and faulty) or find_spec("tilelang"):
+        return ""
+    return "fla-core has no gradients of one decay a head on this GPU with this Triton (it needs 3.7.1)"
 
 
 def unsuited(*tensors: Tensor) -> str:
@@ -107,15 +123,18 @@ def _tell(device: torch.device, what: str) -> None:
 
 
 def decayed_attention(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, scale: float = 1.0) -> Tensor:
-    """`models.scan.decayed_attention` times scale: q, k [b l h d], v [b l h e], log_decay that or one for all
-    d or rows -> [b l h e] in the dtype of v. Products in half precision; log decays and sums stay float32.
+    """`models.scan.decayed_attention` times scale: q, k [b l h d], v [b l h e], log_decay that, or one for
+    all d [b l h 1], or one for all d and tokens [h] -> [b l h e] in the dtype of v. Products in half
+    precision; log decays and their sums stay float32.
     """
     half = precision(q)
-    one = log_decay.shape[-1] == 1  # decay for all dimensions of a head
-    run = operation("chunk_simple_gla" if one else "chunk_gla")
-    decay = log_decay.float().expand(*q.shape[:3], -1)
-    decay = decay.squeeze(-1) if one else decay
-    out, _ = run(q=q.to(half), k=k.to(half), v=v.to(half), g=decay, scale=scale)
+    if log_decay.dim() == 1:
+        run, decay = operation("chunk_simple_gla"), {"g_gamma": log_decay.float()}
+    elif log_decay.shape[-1] == 1:
+        run, decay = operation("chunk_simple_gla"), {"g": log_decay.float().squeeze(-1)}
+    else:
+        run, decay = operation("chunk_gla"), {"g": log_decay.float()}
+    out, _ = run(q=q.to(half), k=k.to(half), v=v.to(half), scale=scale, **decay)
     return out.to(v.dtype)
 
 

@@ -43,7 +43,7 @@ def ssd(x: Tensor, B: Tensor, C: Tensor, log_decay: Tensor, *, kernel: str = "to
     x: [b l h e], B, C: [b l s], log_decay g <= 0: [b l h] -> [b l h e]. In torch, C_i . B_j is made once
     for all heads; kernel=fla gives each head a copy of B and C.
     """
-    if fla_kernels.chosen(kernel, C, B, x):
+    if fla_kernels.chosen(kernel, C, B, x, one_decay=True):
         q, k = (part.unsqueeze(2).expand(-1, -1, x.shape[2], -1) for part in (C, B))
         return fla_kernels.decayed_attention(q, k, x, log_decay.unsqueeze(-1))
     dtype, length = x.dtype, x.shape[1]

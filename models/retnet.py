@@ -53,11 +53,12 @@ def retention(
     """
     scale = q.shape[-1] ** -0.5
     (wide,) = at_least_fp32(v)
-    log_decay = log_gamma.to(wide.dtype).expand(1, q.shape[1], -1).unsqueeze(-1)  # [1 l h 1], padded or not
+    log_gamma = log_gamma.to(wide.dtype)  # at padding too, which keeps the distances
 
     def recurrence(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if fla_kernels.chosen(kernel, q, k, v):
-            return fla_kernels.decayed_attention(q, k, v, log_decay, scale=scale)
+            return fla_kernels.decayed_attention(q, k, v, log_gamma, scale=scale)
+        log_decay = log_gamma.expand(1, q.shape[1], -1).unsqueeze(-1)  # [1 l h 1]
         return scan.decayed_attention(q * scale, k, v, log_decay)
 
     def real(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -33,7 +33,7 @@ class Given(list):
 def fla(monkeypatch):
     """A machine on which fla-core runs, CPU or not."""
     given = Given()
-    for path in ("triton", "fla", "fla.ops", *fla_kernels.OPERATIONS.values()):
+    for path in ("triton", "fla", "fla.utils", "fla.ops", *fla_kernels.OPERATIONS.values()):
         monkeypatch.setitem(sys.modules, path, given.module(path))
     monkeypatch.setattr(fla_kernels, "unavailable", lambda device: "")
     return given
@@ -162,11 +162,36 @@ def test_decayed_attention_gives_fla_what_it_wants(fla, width, operation):
     assert torch.equal(out, 2 * v) and out.dtype == v.dtype
 
 
-def test_one_log_decay_for_all_rows_is_repeated(fla):
+def test_one_log_decay_for_all_tokens_is_given_by_head(fla):
     q, k, v = tensors()
-    log_decay = -torch.rand(1, 5, 3, 1)
-    fla_kernels.decayed_attention(q, k, v, log_decay)
-    assert torch.equal(fla[0][1]["g"], log_decay[..., 0].expand(2, 5, 3))
+    log_gamma = -torch.rand(3)
+    fla_kernels.decayed_attention(q, k, v, log_gamma)
+    ((name, given),) = fla
+    assert name == "chunk_simple_gla" and set(given) == {"q", "k", "v", "g_gamma", "scale"}
+    assert torch.equal(given["g_gamma"], log_gamma)
+
+
+@pytest.mark.parametrize(
+    ("hopper", "above_3_4_0", "above_3_7_1", "refused"),
+    [
+        (True, True, False, True),
+        (True, True, True, False),
+        (True, False, False, False),
+        (False, True, False, False),
+    ],
+)
+def test_gradients_that_fla_refuses_are_torch_s(fla, monkeypatch, hopper, above_3_4_0, above_3_7_1, refused):
+    utils = ModuleType("fla.utils")
+    utils.IS_NVIDIA_HOPPER = hopper
+    utils.TRITON_ABOVE_3_4_0, utils.TRITON_ABOVE_3_7_1 = above_3_4_0, above_3_7_1
+    monkeypatch.setitem(sys.modules, "fla.utils", utils)
+    fla_kernels.without_gradients.cache_clear()
+    assert fla_kernels.chosen("auto", *tensors(), one_decay=True) is not refused
+    assert fla_kernels.chosen("auto", *tensors())
+    if refused:
+        with pytest.raises(RuntimeError, match="no gradients of one decay a head"):
+            fla_kernels.chosen("fla", *tensors(), one_decay=True)
+    fla_kernels.without_gradients.cache_clear()
 
 
 def test_products_are_in_the_precision_of_autocast_and_outputs_in_that_of_the_values(fla):
@@ -202,15 +227,19 @@ def rms(expected, found):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", [*OPERATIONS, "retention"])
 @pytest.mark.parametrize(
-    ("length", "heads", "keys", "values"),
-    [(1, 1, 16, 16), (63, 2, 24, 48), (200, 3, 32, 64), (1000, 2, 64, 128)],
+    ("length", "heads", "keys", "values"), [(1, 2, 32, 64), (63, 2, 32, 64), (1000, 2, 32, 64)]
 )
-def test_fla_equals_torch_in_outputs_and_gradients(operation, length, heads, keys, values, dtype):
-    """Against float64 on the same rounded inputs; rows are ragged, padding is zeroed as mechanisms do."""
-    assert fla_kernels.unavailable(torch.device("cuda", 0)) == ""
+def test_fla_equals_torch_in_outputs_and_gradients(operation, length, heads, keys, values):
+    """Against float64 on the same rounded inputs; rows are ragged, padding is zeroed as mechanisms do. Where
+    fla refuses gradients, outputs alone are compared.
+    """
+    device, dtype = torch.device("cuda", 0), torch.bfloat16
+    assert fla_kernels.unavailable(device) == ""
+    refused = operation in ("chunk_simple_gla", "chunk_gated_delta_rule") and bool(
+        fla_kernels.without_gradients(device)
+    )
     generator = torch.Generator().manual_seed(length)
 
     def draw(*shape):
@@ -222,7 +251,8 @@ def test_fla_equals_torch_in_outputs_and_gradients(operation, length, heads, key
     real = torch.tensor([length, max(1, length // 2), max(1, length // 3)])
     mask = (torch.arange(length) < real[:, None])[:, :, None, None]
     inputs = [(x * mask).to(dtype) for x in (q, k, v)]
-    if operation != "chunk_delta_rule":
+    log_gamma = -torch.rand(heads, generator=generator).cuda()
+    if operation not in ("chunk_delta_rule", "retention"):
         inputs.append((log_decay * mask).float())
     if "delta" in operation:
         inputs.insert(3, (beta * mask[..., 0]).to(dtype))
@@ -230,10 +260,17 @@ def test_fla_equals_torch_in_outputs_and_gradients(operation, length, heads, key
 
     def run(function, cast):
         leaves = [x.cuda().to(cast or x.dtype).requires_grad_() for x in inputs]
+        if refused:
+            with torch.no_grad():
+                return [function(*leaves)]
         out = function(*leaves)
         return [out, *torch.autograd.grad((out.double() * weight).sum(), leaves)]
 
-    if "delta" in operation:
+    if operation == "retention":
+        decays = log_gamma.double()[None, None, :, None].expand(1, length, -1, -1)
+        expected = run(lambda q, k, v: scan.decayed_attention(q, k, v, decays), torch.float64)
+        found = run(lambda q, k, v: fla_kernels.decayed_attention(q, k, v, log_gamma), None)
+    elif "delta" in operation:
         expected = run(
             lambda q, k, v, beta, g=None: delta_rule(q, k, v, beta, None if g is None else g[..., 0]),
             torch.float64,
@@ -242,7 +279,7 @@ def test_fla_equals_torch_in_outputs_and_gradients(operation, length, heads, key
     else:
         expected, found = run(scan.decayed_attention, torch.float64), run(fla_kernels.decayed_attention, None)
     names = ["out", *"qkv", *(["beta"] if "delta" in operation else []), "log_decay"]
-    largest = max(x.square().mean().sqrt().item() for x in expected[1:])
+    largest = max(x.square().mean().sqrt().item() for x in expected)
     for name, a, b in zip(names, expected, found, strict=False):
         assert a.shape == b.shape and b.isfinite().all(), name
         if a.square().mean().sqrt() > 1e-3 * largest:  # those that are zero but for rounding say nothing
