@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import lra
-from lra import cli, config, environment, measure, registry
+from lra import cli, config, environment, measure, registry, search
 from lra.data.selection import resolve
 from lra.launch import sweep
 
@@ -100,6 +100,20 @@ def test_train_commands_compose(line, readers_folder, monkeypatch):
     monkeypatch.setattr(cli, "_print_table", lambda records: None)
     assert cli.main(words(line)) == 0
     assert seen or "--config" in line
+
+
+@pytest.mark.parametrize("line", of("search"))
+def test_search_commands_compose(line, readers_folder, monkeypatch):
+    seen = []
+
+    def compose(overrides, **options):
+        seen.extend(config.compose(search.searching(one)) for one in config.expand(overrides))
+        return []
+
+    monkeypatch.setattr(search, "search", compose)
+    monkeypatch.setattr(cli, "_print_table", lambda records: None)
+    assert cli.main(words(line)) == 0
+    assert [run.model.name for run in seen] == ["search"]
 
 
 @pytest.mark.parametrize("line", of("measure"))
