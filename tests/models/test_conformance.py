@@ -22,6 +22,7 @@ def variants():
                 yield pytest.param(name, own, id=label, marks=usual)
 
 
+COMPILED_BY_DEFAULT = ("softmax", "linear", "luna", "s4d", "hybrid")
 COMPARED_ONCE = (
     "docstring_fields",
     "configuration_matches",
@@ -34,8 +35,16 @@ COMPARED_ONCE = (
 )
 
 
-@pytest.mark.parametrize("check", ALL_CHECKS, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("name", NAMES)
+def conforming():
+    """Every mechanism under every check; tracing takes seconds each, so that of most is slow."""
+    for name in NAMES:
+        for check in ALL_CHECKS:
+            slow = check.__name__ == "compiles" and name not in COMPILED_BY_DEFAULT
+            marks = [pytest.mark.slow] if slow else []
+            yield pytest.param(name, check, id=f"{name}-{check.__name__}", marks=marks)
+
+
+@pytest.mark.parametrize(("name", "check"), list(conforming()))
 def test_mechanism_conforms(name, check):
     assert_passes(check(subject(name)))
 
