@@ -17,13 +17,17 @@ WARMUP_SHARE = 0.1  # of the run, in which the mixers alone learn: untrained one
 
 
 class ArchitectureStep:
-    """Called with a validation batch, updates the architecture parameters once."""
+    """Called with the parts of a validation batch, updates the architecture parameters once, and nothing
+    else: statistics that a forward pass in training keeps are put back.
+    """
 
     def __init__(self, step: Step, config: RunConfig) -> None:
         if config.train.precision == "fp16":
             raise UserError(
                 "a search needs gradients without a loss scale; use train.precision=bf16, tf32 or fp32"
             )
+        if not config.train.arch_lr:
+            raise UserError("train.arch_lr=0 would choose nothing; give a learning rate above 0")
         self.step, self.first = step, round(WARMUP_SHARE * config.train.num_steps)
         self.parameters = [p for p in step.model.parameters() if is_architecture(p)]
         self.optimizer = torch.optim.Adam(
@@ -36,12 +40,23 @@ class ArchitectureStep:
         sought = any(is_architecture(p) for p in step.model.parameters())
         return ArchitectureStep(step, config) if sought else None
 
-    def __call__(self, batch: Batch) -> None:
-        gradients = torch.autograd.grad(self.step.loss(batch), self.parameters)
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad = gradient
+    def __call__(self, parts: list[Batch]) -> None:
+        buffers = list(self.step.model.buffers())
+        before = [buffer.clone() for buffer in buffers]
+        rows = sum(len(part.labels) for part in parts)
+        for parameter in self.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        for part in parts:
+            loss = self.step.loss(part) * (len(part.labels) / rows)
+            for parameter, gradient in zip(
+                self.parameters, torch.autograd.grad(loss, self.parameters), strict=True
+            ):
+                parameter.grad += gradient
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for buffer, kept in zip(buffers, before, strict=True):
+                buffer.copy_(kept)
 
     def state_dict(self) -> dict[str, Any]:
         return self.optimizer.state_dict()

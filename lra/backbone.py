@@ -212,7 +212,7 @@ class Backbone(nn.Module):
             mechanism = registry.build(model, place)
             if config.positions == "rotary" and not hasattr(mechanism, "qkv"):
                 raise UserError(
-                    f"positions 'rotary' with model '{model.name}', which has no queries and keys to rotate; "
+                    f"positions 'rotary' with model '{model.name}', whose queries and keys do not rotate; "
                     "use model.positions=learned, sinusoidal or none"
                 )
             whole = isinstance(mechanism, Block)

@@ -138,9 +138,12 @@ def _search(argv: list[str]) -> int:
     args = _overrides(parser, argv)
     from lra.search import search, told
 
-    found = search(args.overrides, beside=args.beside, force=args.force)
-    for one in found:
-        print(told(one) + "\n")
+    found = search(
+        args.overrides,
+        beside=args.beside,
+        force=args.force,
+        on_found=lambda one: print(told(one) + "\n", flush=True),
+    )
     records = [record for one in found for record in one.runs]
     _print_table(records)
     return OK if all(record.status == "ok" for record in records) else SOME_FAILED

@@ -13,6 +13,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from lra import registry
 from lra.data.batch import Batch
 from lra.step import Step
 
@@ -32,16 +33,17 @@ class Trial:
         self.device = step.device
         self.step = Step(copy.deepcopy(step.model), step.config, step.device, "eager")
 
-    def flops(self, parts: list[Batch]) -> int:
+    def flops(self, parts: list[Batch]) -> int | None:
         """Floating-point operations of one step as PyTorch counts them: products and attention, not
-        elementwise.
+        elementwise. None if kernels ran that it cannot see into.
         """
         counter = FlopCounterMode(display=False)
         # The counter knows the fused kernels of a GPU but not the CPU's, so there attention runs as products.
         explicit = sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext()
-        with self._fork(), explicit, counter:
+        kernels = registry.load_models().fla_kernels
+        with self._fork(), explicit, counter, kernels.choices() as made:
             self.step(parts, lr=0.0)
-        return counter.get_total_flops()
+        return None if kernels.taken(made) else counter.get_total_flops()
 
     def cpu_peak_mib(self, parts: list[Batch]) -> float:
         """Peak MiB of a step on the CPU: what stays (weights, optimizer state) and the most that is live at

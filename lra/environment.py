@@ -106,7 +106,7 @@ def git_revision() -> str | None:
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that can change a result."""
     found = {"python": platform.python_version()}
-    for package in ("lra", "torch", "numpy", "numba", "datasets", "hydra-core"):
+    for package in ("lra", "torch", "numpy", "numba", "datasets", "hydra-core", "triton", "fla-core"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -80,10 +80,14 @@ def execute(
             (folder / LAST).unlink(missing_ok=True)
         (folder / "config.yaml").write_text(yaml.safe_dump(config.as_dict(), sort_keys=False))
         record = describe(config, store)
+        kernels = registry.load_models().fla_kernels
         try:
-            record = train(record, config, store, folder, progress)
+            with kernels.choices() as made:
+                record = train(record, config, store, folder, progress)
         finally:
             release_memory()
+        if package := kernels.taken(made):
+            record = dataclasses.replace(record, extra={**record.extra, "recurrence_kernel": package})
         record = dataclasses.replace(record, data_s=data_s, **labels)
         records.write(record, folder)
     return record

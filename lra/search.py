@@ -2,20 +2,23 @@
 
 The weights come from self-attention between candidates (models/search.py, inspired by Hao and Zhu 2021):
 mixers learn on training batches, the weights on validation batches. What is then trained again from a fresh
-start, under the same recipe, is a `hybrid` of each layer's heaviest candidate.
+start, under the same recipe, is a `hybrid` of each layer's heaviest candidate. Its best step is then found on
+validation rows too, as in every run; test rows take no part in either.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lra import run
 from lra.config import compose, expand, parse
 from lra.errors import UserError
 from lra.launch import sweep
 from lra.records import Record
 
 ORIGIN = "inspired by Hao and Zhu 2021"
+UNDECIDED = 0.02  # two weights that are no farther apart say nothing
 SEARCH_ALONE = ("model", "model.candidates", "model.settings", "model.embedding_width", "train.arch_lr")
 
 
@@ -45,59 +48,69 @@ class Found:
         return [self.record, *self.again, *self.beside]
 
 
-def search(overrides: Sequence[str], *, beside: bool = False, force: bool = False) -> list[Found]:
+def search(
+    overrides: Sequence[str],
+    *,
+    beside: bool = False,
+    force: bool = False,
+    on_found: Callable[[Found], None] = lambda found: None,
+) -> list[Found]:
     """One search for each combination of the comma lists, each followed by the training of its answer.
 
-    With `beside` every candidate is trained alone too, under the same recipe and seed.
+    With `beside` every candidate is trained alone too, under the same recipe and seed. `on_found` hears of
+    each search with all its runs as they end.
     """
     asked = expand(overrides)
-    for one in asked:
-        compose(searching(one))  # a typing error in the last one should not cost the first
+    if len({tuple(one) for one in asked}) < len(asked):
+        raise UserError("the same search is asked for twice; take the doubled value out of its list")
+    for one in asked:  # what is wrong with the last one should not cost the first
+        run.check(compose(searching(one)))
+        for name in _candidates(one):
+            run.check(compose(retraining(one, [name])))
     found = []
     for one in asked:
         (record,) = sweep.train(searching(one), force=force)
         answer = Found(record)
         if record.status == "ok":
             again = sweep.train(retraining(one, answer.chosen), force=force)
-            names = list(answer.weights[0]) if beside else []
-            others = [run for name in names for run in sweep.train(alone(one, name), force=force)]
+            names = _candidates(one) if beside else []
+            others = [made for name in names for made in sweep.train(retraining(one, [name]), force=force)]
             answer = Found(record, tuple(again), tuple(others))
         found.append(answer)
+        on_found(answer)
     return found
 
 
 def searching(overrides: Sequence[str]) -> list[str]:
-    """The overrides of the search itself; the last weights count, as the best on validation data would be
-    chosen twice.
+    """The overrides of the search itself. Its last weights count: the best on validation rows would be chosen
+    by the rows that train them.
     """
-    keys = {override.key_or_group: override for override in parse(overrides)}
-    model = keys.get("model")
+    given = {override.key_or_group: override for override in parse(overrides)}
+    model, candidates = given.get("model"), given.get("model.candidates")
     if model is not None and model.value() != "search":
         raise UserError(
             f"lra search has a model of its own, got {model.input_line}; "
             "name what it may choose from: model.candidates=[softmax,linear,local]"
         )
+    if candidates is not None and not isinstance(candidates.value(), list):
+        raise UserError(f"{candidates.input_line} is no list; write model.candidates=[softmax,linear,local]")
     extra = [] if model is not None else ["model=search"]
-    if "train.selection" not in keys:
+    if "train.selection" not in given:
         extra.append("train.selection=last")
     return [*extra, *overrides]
 
 
+def _candidates(overrides: Sequence[str]) -> list[str]:
+    return list(compose(searching(overrides)).model.own["candidates"])
+
+
 def retraining(overrides: Sequence[str], chosen: Sequence[str]) -> list[str]:
-    """The same recipe with `hybrid` of the chosen mixers, which keep their settings."""
+    """The same recipe with `hybrid` of these mixers, one name for all layers or one each; they keep their
+    settings. What a paper's recipe has for a single mechanism is used neither here nor in the search.
+    """
     settings = {name: own for name, own in _settings(overrides).items() if name in chosen}
     again = [*_without_search(overrides), "model=hybrid", f"model.layers=[{','.join(chosen)}]"]
     return [*again, f"model.settings={_literal(settings)}"] if settings else again
-
-
-def alone(overrides: Sequence[str], name: str) -> list[str]:
-    """The same recipe with one candidate in every layer."""
-    own = _settings(overrides).get(name, {})
-    return [
-        *_without_search(overrides),
-        f"model={name}",
-        *(f"model.{key}={_literal(value)}" for key, value in own.items()),
-    ]
 
 
 def _settings(overrides: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -127,5 +140,6 @@ def told(found: Found) -> str:
     for index, (weights, chosen) in enumerate(zip(found.weights, found.chosen, strict=True)):
         ranked = sorted(weights.items(), key=lambda item: -item[1])
         shares = "  ".join(f"{name} {100 * weight:.1f} %" for name, weight in ranked)
-        lines.append(f"  layer {index}: {chosen:<16} ({shares})")
+        doubt = ", undecided" if weights[ranked[0][0]] - weights[ranked[1][0]] < UNDECIDED else ""
+        lines.append(f"  layer {index}: {chosen:<16} ({shares}{doubt})")
     return "\n".join(lines)

@@ -141,10 +141,8 @@ class Trainer:
                     parts, lr=self.schedule.lr(state.step), beta1=self.schedule.beta1(state.step)
                 )
                 if self.architecture and state.step >= self.architecture.first:
-                    for batch in self.batches["architecture"].train(
-                        state.step, micro_batch=train.micro_batch
-                    ):
-                        self.architecture(batch)
+                    held_out = self.batches["architecture"]
+                    self.architecture(held_out.train(state.step, micro_batch=train.micro_batch))
                 bad_step = torch.where((bad_step < 0) & ~torch.isfinite(loss), state.step, bad_step)
                 self.losses.append(loss)
                 state.step += 1
@@ -204,7 +202,11 @@ class Trainer:
         return accuracy, (total_loss / batches.num_rows).item(), predictions.to(torch.uint8).cpu().numpy()
 
     def _measure_cost(self) -> dict[str, Any]:
-        """FLOPs of a step and, on the CPU, its peak memory, from a copy of the model, on the first batch."""
+        """FLOPs of a step and, on the CPU, its peak memory, from a copy of the model, on the first batch; not
+        of a search, whose steps are two.
+        """
+        if self.architecture:
+            return {}
         self.model.train()
         parts = self.batches["train"].train(0, micro_batch=self.config.train.micro_batch)
         trial = cost.Trial(self.step)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from models.common import Block, Mixer, Place, Traits, create, own_parameters, registered
 
 ALL_OF = ("content_invariant", "length_invariant", "batch_invariant", "packed", "capturable")
+TYPES = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}  # annotation -> what a setting may be
 COMPOSITE = ("search", "hybrid")  # mechanisms that are made of others, and not of each other
 
 
@@ -20,10 +21,17 @@ def make(
     if name not in simple:
         known = "is no mixer of the standard block" if name in registered() else "is unknown"
         raise ValueError(f"{owner}: '{name}' {known}; choose from: {', '.join(sorted(simple))}")
-    cls = registered()[name]
+    cls, own = registered()[name], settings.get(name, {})
+    if not isinstance(own, Mapping):
+        raise ValueError(f"{owner}: settings of '{name}' are {own!r}; write {{{name}: {{key: value}}}}")
+    for key, value in own.items():
+        wanted = TYPES.get(getattr(own_parameters(cls).get(key), "annotation", None))
+        if wanted and (not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted)):
+            kinds = " or ".join(kind.__name__ for kind in wanted)
+            raise ValueError(f"{owner}: settings of '{name}': {key}={value!r} is no {kinds}")
     shared = {key: value for key, value in backbone.items() if key in own_parameters(cls)}
     try:
-        return create(cls, place, **{**shared, **settings.get(name, {})})
+        return create(cls, place, **{**shared, **own})
     except TypeError as error:
         raise ValueError(f"{owner}: settings of '{name}': {error}") from error
 

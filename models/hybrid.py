@@ -33,7 +33,7 @@ class Hybrid(Mixer):
         attn_dropout: float = 0.0,
     ) -> None:
         super().__init__(place, projections=False)
-        if not 1 <= len(layers) <= max(place.num_layers, len(LAYERS)):
+        if not layers or (len(layers) > place.num_layers and layers != LAYERS):
             raise ValueError(
                 f"hybrid got {len(layers)} names for {place.num_layers} layers; give one for each, or fewer"
             )

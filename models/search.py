@@ -75,13 +75,12 @@ class Search(Mixer):
         )
 
     def _mixture(self, outputs: list[Tensor]) -> Tensor:
-        weights = self.weights().to(outputs[0].dtype)
-        return sum(weight * out for weight, out in zip(weights, outputs, strict=True))
+        return sum(weight * out for weight, out in zip(self.weights(), outputs, strict=True))
 
     def findings(self) -> dict[str, float]:
         """The weight of each candidate by name, as it is now."""
         weights = self.weights().detach().tolist()
-        return {name: round(weight, 4) for name, weight in zip(self.candidates, weights, strict=True)}
+        return dict(zip(self.candidates, weights, strict=True))
 
     def aux_loss(self) -> Tensor | None:
         losses = [loss for mixer in self.candidates.values() if (loss := mixer.aux_loss()) is not None]

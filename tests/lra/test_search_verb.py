@@ -8,7 +8,7 @@ from lra.architecture import WARMUP_SHARE, ArchitectureStep
 from lra.config import compose
 from lra.data.prepare import prepare
 from lra.errors import UserError
-from lra.search import Found, alone, retraining, search, searching, told
+from lra.search import Found, retraining, search, searching, told
 from lra.step import is_architecture, parameter_groups
 from lra.train import Trainer
 
@@ -34,7 +34,7 @@ def test_training_batches_move_mixers_alone_and_validation_batches_weights_alone
     assert all(torch.equal(p, b) for p, b in zip(sought, before, strict=False))
     assert any(not torch.equal(p, b) for p, b in zip(others, before[len(sought) :], strict=True))
     before = [p.detach().clone() for p in others]
-    made.architecture(made.batches["architecture"].train(0)[0])
+    made.architecture(made.batches["architecture"].train(0))
     assert all(torch.equal(p, b) for p, b in zip(others, before, strict=True))
     assert made.model.mechanisms()[0].findings() != {"identity": 0.5, "softmax": 0.5}
 
@@ -119,13 +119,13 @@ def test_the_answer_is_trained_under_the_same_recipe():
     assert (config.train.lr, config.model.backbone.d_model) == (0.01, 32)
     assert config.train.selection == "best_val"
     assert compose(retraining(asked, ["softmax", "softmax"])).model.own["settings"] == {}
-    assert compose(alone(asked, "local")).model.own["window"] == 3
-    assert compose(alone(asked, "softmax")).model.name == "softmax"
+    assert compose(retraining(asked, ["local"])).model.own["settings"] == {"local": {"window": 3}}
 
 
 def test_a_search_tells_its_weights_and_trains_its_answer_again(tiny):
     (found,) = search(tiny("model.candidates=[identity,softmax]", "model.num_layers=2"), beside=True)
-    assert [record.model for record in found.runs] == ["search", "hybrid", "identity", "softmax"]
+    assert [record.model for record in found.runs] == ["search", *["hybrid"] * 3]
+    assert [r.extra["own"]["layers"] for r in found.beside] == [["identity"], ["softmax"]]
     assert found.again[0].extra["own"]["layers"] == found.chosen
     text = told(found)
     assert "inspired by Hao and Zhu 2021" in text
@@ -148,6 +148,62 @@ def test_the_heaviest_candidate_is_chosen_and_a_failed_search_says_why():
         kind="train", run_id="x", status="oom", reason="too big", model="search", task="listops", length=32
     )
     assert "oom: too big" in told(Found(broken))
+
+
+def test_micro_batches_make_one_update_of_the_same_size(tiny, tmp_path):
+    found = []
+    for micro in ("null", "8"):
+        made = trainer(tiny(*SEARCH, f"train.micro_batch={micro}"), tmp_path / micro)
+        made.model.eval()  # no dropout between the two
+        made.architecture(made.batches["architecture"].train(0, micro_batch=made.config.train.micro_batch))
+        found.append(made.model.mechanisms()[0].readout.detach().clone())
+    torch.testing.assert_close(*found)
+
+
+def test_validation_batches_leave_statistics_and_centroids_alone(tiny, tmp_path):
+    own = ["model=search", "model.candidates=[routing,linear]", "model.norm=batch"]
+    made = trainer(tiny(*own), tmp_path)
+    made.model.train()
+    before = {name: buffer.clone() for name, buffer in made.model.named_buffers()}
+    made.architecture(made.batches["architecture"].train(0))
+    assert len(before) > 4
+    assert all(torch.equal(buffer, before[name]) for name, buffer in made.model.named_buffers())
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        (["model.candidates=[identity,linear],[identity,foo]"], "'foo' is unknown"),
+        (["model.candidates=identity,linear"], r"write model.candidates=\[softmax"),
+        (["seed=0,0"], "asked for twice"),
+        (["model.settings={local:{window:abc}}"], "window='abc' is no int"),
+        (["model.settings={local:{window:2.5}}"], "window=2.5 is no int"),
+        (["model.settings={local:3}"], "settings of 'local' are 3"),
+    ],
+)
+def test_what_is_wrong_is_told_before_the_first_run(tiny, own, message, monkeypatch):
+    monkeypatch.setattr("lra.launch.sweep.train", lambda *args, **kwargs: pytest.fail("a run began"))
+    with pytest.raises(UserError, match=message):
+        search(tiny(*own))
+
+
+def test_a_search_without_a_learning_rate_is_refused(tiny, tmp_path):
+    with pytest.raises(UserError, match="arch_lr=0"):
+        trainer(tiny(*SEARCH, "train.arch_lr=0"), tmp_path)
+
+
+def test_a_hybrid_of_several_layers_cannot_be_tied():
+    with pytest.raises(UserError, match="tied_layers"):
+        compose(["model=hybrid", "model.tied_layers=true", "model.layers=[local,linear]"])
+
+
+def test_weights_that_are_hardly_apart_are_called_undecided():
+    def text(weights):
+        facts = {"status": "ok", "model": "search", "task": "listops", "length": 32, "seed": 0}
+        return told(Found(records.Record(kind="train", run_id="x", extra={"findings": [weights]}, **facts)))
+
+    assert "undecided" in text({"softmax": 0.505, "identity": 0.495})
+    assert "undecided" not in text({"softmax": 0.52, "identity": 0.48})
 
 
 def test_the_verb_prints_weights_and_table(tiny, capsys):

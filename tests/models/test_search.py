@@ -90,3 +90,29 @@ def test_layer_i_of_a_hybrid_is_the_mixer_it_names(layers):
 def test_a_hybrid_that_cannot_be_is_refused(own, message):
     with pytest.raises(ValueError, match=message):
         build("hybrid", PLACE, **own)
+
+
+@pytest.mark.parametrize("name", ["search", "hybrid"])
+def test_hooks_of_the_mixers_are_asked(name):
+    """Routing has an auxiliary loss and centroids that `training_update` writes."""
+    own = {"candidates": ["routing", "softmax"]} if name == "search" else {"layers": ["routing"]}
+    made = build(name, PLACE, **own)
+    inner = made.candidates["routing"] if name == "search" else made.mixer
+    asked = []
+    inner.aux_loss = lambda: torch.tensor(3.0)
+    inner.training_update = asked.append
+    made.training_update(7)
+    assert asked == [7]
+    assert made.aux_loss() == 3.0
+    softmax = build("softmax", PLACE).state_size(40) if name == "search" else 0
+    alone = build("routing", PLACE).state_size(40)
+    assert made.state_size(40) == (None if alone is None else alone + softmax)
+
+
+@pytest.mark.parametrize("name", ["search", "hybrid"])
+def test_packed_rows_are_the_padded_ones(name):
+    own = {"candidates": ["softmax", "linear"]} if name == "search" else {"layers": ["linear"]}
+    made = build(name, PLACE, **own)
+    x = torch.randn(10, 8)
+    packed = made.forward_packed(x, torch.tensor([0, 4, 10], dtype=torch.int32), 6)
+    torch.testing.assert_close(packed, torch.cat([made(x[None, :4])[0], made(x[None, 4:])[0]]))
