@@ -12,7 +12,7 @@ from lra.data.batch import Batch
 from lra.errors import UserError
 from lra.step import Step, is_architecture
 
-BETAS, WEIGHT_DECAY = (0.5, 0.999), 1e-3  # of DARTS, section A.1.1
+BETAS = (0.5, 0.999)  # of DARTS, without its weight decay: that is larger than these gradients
 WARMUP_SHARE = 0.1  # of the run, in which the mixers alone learn: untrained ones say nothing about a task
 
 
@@ -30,9 +30,7 @@ class ArchitectureStep:
             raise UserError("train.arch_lr=0 would choose nothing; give a learning rate above 0")
         self.step, self.first = step, round(WARMUP_SHARE * config.train.num_steps)
         self.parameters = [p for p in step.model.parameters() if is_architecture(p)]
-        self.optimizer = torch.optim.Adam(
-            self.parameters, lr=config.train.arch_lr, betas=BETAS, weight_decay=WEIGHT_DECAY
-        )
+        self.optimizer = torch.optim.Adam(self.parameters, lr=config.train.arch_lr, betas=BETAS)
 
     @staticmethod
     def of(step: Step, config: RunConfig) -> "ArchitectureStep | None":
