@@ -1,14 +1,15 @@
 """Search: a weighted sum of candidate mixers, whose weights say which of them a layer should be.
 
 Paper    inspired by Hao and Zhu 2021, J. Nonlinear Var. Anal. 5(1), 119-140, doi 10.23952/jnva.5.2021.1.08
-Computes out = sum_k a_k mixer_k(x),  a = softmax((E + A E) u),  A = softmax(E W_q (E W_k)^T / sqrt(m)),
-         E [K m] one learned embedding for each candidate of the layer, W_q, W_k [m m] and u [m] learned
+Computes out = sum_k a_k mixer_k(x),  a = softmax((E + A E) 1 / sqrt(m)),  A = softmax(E W_q (E W_k)^T /
+         sqrt(m)) by rows,  E [K m] one learned embedding for each candidate of the layer, W_q, W_k [m m]
 Cost     the sum of its candidates'
 Exact    no; it is a means to choose a mechanism, not one
 Padding  as its candidates
 Differs  the paper was not available in full and released no code: that the weights of candidates come from
-         self-attention between them is its idea, the formula is ours. E, W_q, W_k and u are tagged
-         `architecture`: they are trained on validation batches, all other parameters on training batches
+         self-attention between them is its idea, the formula is ours (a learned vector in place of 1 has a
+         saddle, where all weights are equal, that it cannot leave). E, W_q, W_k are tagged `architecture`:
+         they are trained on validation batches, all other parameters on training batches
 """
 # k candidates, m width of an embedding, b batch, l length, d d_model
 
@@ -24,12 +25,13 @@ CANDIDATES = ["identity", "softmax", "linear", "local"]
 NO_SETTINGS: dict[str, Any] = {}  # of its mixers, by name
 
 
-def candidate_weights(embeddings: Tensor, w_q: Tensor, w_k: Tensor, readout: Tensor) -> Tensor:
-    """Embeddings [k m], w_q, w_k [m m], readout [m] -> weights [k], positive, with sum 1."""
-    embeddings, w_q, w_k, readout = at_least_fp32(embeddings, w_q, w_k, readout)
-    scores = (embeddings @ w_q) @ (embeddings @ w_k).mT * embeddings.shape[-1] ** -0.5
+def candidate_weights(embeddings: Tensor, w_q: Tensor, w_k: Tensor) -> Tensor:
+    """Embeddings [k m], w_q, w_k [m m] -> weights [k], positive, with sum 1."""
+    embeddings, w_q, w_k = at_least_fp32(embeddings, w_q, w_k)
+    shrink = embeddings.shape[-1] ** -0.5
+    scores = (embeddings @ w_q) @ (embeddings @ w_k).mT * shrink
     attended = scores.softmax(dim=-1) @ embeddings
-    return ((embeddings + attended) @ readout).softmax(dim=0)
+    return ((embeddings + attended).sum(dim=-1) * shrink).softmax(dim=0)
 
 
 @register("search")
@@ -57,14 +59,16 @@ class Search(Mixer):
         )
         self.traits = joined(self.candidates)
         count, width = len(candidates), embedding_width
-        self.embeddings = architecture(torch.randn(count, width) * width**-0.5)
+        start = torch.randn(count, width) * width**-0.5
+        self.embeddings = architecture(
+            start - start.mean(dim=-1, keepdim=True)
+        )  # all weigh the same at first
         self.w_q = architecture(torch.randn(width, width) * width**-0.5)
         self.w_k = architecture(torch.randn(width, width) * width**-0.5)
-        self.readout = architecture(torch.zeros(width))  # all candidates weigh the same at first
 
     def weights(self) -> Tensor:
         """The share of each candidate [k], at least float32."""
-        return candidate_weights(self.embeddings, self.w_q, self.w_k, self.readout)
+        return candidate_weights(self.embeddings, self.w_q, self.w_k)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         return self._mixture([mixer(x, mask) for mixer in self.candidates.values()])

@@ -11,22 +11,32 @@ PLACE = Place(d_model=8, num_heads=2, max_len=40, num_layers=3)
 
 
 def test_weights_are_positive_and_add_up_to_one():
-    weights = candidate_weights(torch.randn(5, 4), torch.randn(4, 4), torch.randn(4, 4), 30 * torch.randn(4))
+    weights = candidate_weights(30 * torch.randn(5, 4), torch.randn(4, 4), torch.randn(4, 4))
     assert (weights >= 0).all()
     torch.testing.assert_close(weights.sum(), torch.tensor(1.0))
 
 
 def test_all_candidates_weigh_the_same_at_first_and_are_told_apart_by_gradients():
     search = build("search", PLACE, candidates=["softmax", "identity"])
-    assert search.findings() == {"softmax": 0.5, "identity": 0.5}
+    assert search.findings() == pytest.approx({"softmax": 0.5, "identity": 0.5})
     search(torch.randn(2, 9, 8)).square().sum().backward()
-    assert search.readout.grad.abs().max() > 0
+    assert search.embeddings.grad.abs().max() > 0
+
+
+def test_equal_weights_are_no_trap():
+    """Where all embeddings are the same, or zero, the gradient still tells the candidates apart."""
+    search = build("search", PLACE, candidates=["softmax", "identity"])
+    with torch.no_grad():
+        search.embeddings.zero_()
+    search(torch.randn(2, 9, 8)).square().sum().backward()
+    first, second = search.embeddings.grad
+    assert (first - second).abs().max() > 1e-3
 
 
 def test_architecture_parameters_are_tagged_and_others_are_not():
     search = build("search", PLACE)
     tagged = {name for name, p in search.named_parameters() if getattr(p, "architecture", False)}
-    assert tagged == {"embeddings", "w_q", "w_k", "readout"}
+    assert tagged == {"embeddings", "w_q", "w_k"}
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ def share(module):
     for i in range(len(vectors)):
         seen = [torch.exp((queries[i] * key).sum() / math.sqrt(m)) for key in keys]
         context = sum(weight * vector for weight, vector in zip(seen, vectors, strict=True)) / sum(seen)
-        scores.append(torch.exp(((vectors[i] + context) * module.readout).sum()))
+        scores.append(torch.exp((vectors[i] + context).sum() / math.sqrt(m)))
     return [score / sum(scores) for score in scores]
 
 
@@ -43,20 +43,20 @@ CASES = [
 
 
 def limit_of_one_candidate():
-    """A readout that favours one embedding without bound leaves that candidate alone."""
+    """One embedding far above the others leaves that candidate alone."""
     module = build("search", Place(d_model=8, num_heads=2, max_len=20), candidates=["softmax", "linear"])
     module = module.double()
     with torch.no_grad():
-        module.embeddings.copy_(torch.zeros(2, 16)).view(-1)[0] = 4.0
-        module.readout.fill_(400.0)
+        module.embeddings.copy_(torch.tensor([[400.0], [0.0]]).expand(2, 16))
+        module.w_q.zero_()
         x = draw(2, 20, 8)
         return distance(module.candidates["softmax"](x), module(x))
 
 
 def limit_of_equals():
-    vectors, w_q, w_k = draw(4, 5), draw(5, 5, seed=1), draw(5, 5, seed=2)
-    same = vectors[:1].expand(4, 5)
-    return distance(torch.full((4,), 0.25).double(), candidate_weights(same, w_q, w_k, draw(5, seed=3)))
+    w_q, w_k = draw(5, 5, seed=1), draw(5, 5, seed=2)
+    same = draw(4, 5)[:1].expand(4, 5)
+    return distance(torch.full((4,), 0.25).double(), candidate_weights(same, w_q, w_k))
 
 
 LIMITS = [
