@@ -9,24 +9,20 @@ so the state after the chunk is linear in S, and a scan over the chunks finds al
 sections 3.1 and 3.2; with decay 2412.06464, section 3.3).
 """
 
-import functools
 import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from models import fla_kernels
-from models.common import Place, at_least_fp32, full_precision
+from models.common import Place, full_precision
 from models.directions import short_conv
-from models.head_norm import head_norm
-from models.scan import CHUNK, before, decay_matrix, in_chunks, matrix_scan, out_of_chunks, running_sum
+from models.scan import CHUNK, before, decay_matrix, matrix_scan, running_sum
 
 # b batch, l length, h heads, n chunks, c positions of a chunk, d, e head dims (keys, values)
 
-GAIN = 2**-2.5  # of the authors' Xavier initialisation
 NORM_EPS, UNIT_EPS = 1e-5, 1e-6  # of the output's root mean square, of the squared length of a key
 BLOCK = 16  # a triangle of this size is inverted by products of whole matrices
 
@@ -50,54 +46,86 @@ def delta_rule(
     if fla_kernels.chosen(kernel, q, k, v, beta, one_decay=log_decay is not None):
         return fla_kernels.delta_rule(q, k, v, beta, log_decay, scale=scale)
     dtype, length = v.dtype, v.shape[1]
-    q, k, v = (in_chunks(x, chunk).contiguous() for x in at_least_fp32(q, k, v))  # [b h n c d]
-    beta = in_chunks(*at_least_fp32(beta[..., None]), chunk)  # [b h n c 1]
+    q, k, v = (_chunked(x, chunk) for x in (q, k, v))  # [b h n c d]
+    beta = _chunked(beta[..., None], chunk)  # [b h n c 1]
     with full_precision(v):
         if log_decay is None:
             total = v.new_zeros(chunk, 1)
         else:
-            total = running_sum(in_chunks(*at_least_fp32(log_decay[..., None]), chunk))
-        end, ratios = total[..., -1:, :], decay_matrix(total)
-        inverse = _UnitInverse.apply(_kept_small(_scores, k * beta, k, ratios).tril(-1))
-        right = torch.cat([v * beta, k * (beta * total.exp())], dim=-1)
-        solved = inverse @ right  # u is its first e columns minus (the other d columns) S
-        left = (k * (end - total).exp()).mT @ solved
-        update, lost = left.split([v.shape[-1], k.shape[-1]], dim=-1)
-        transition = end.exp() * torch.eye(k.shape[-1], dtype=k.dtype, device=k.device) - lost
-        states = before(matrix_scan(transition, update), dim=2)  # [b h n d e]
-        within = _kept_small(_scores, q, k, ratios) @ solved
-        own, lost = within.split([v.shape[-1], k.shape[-1]], dim=-1)
-        out = scale * (own + (q * total.exp() - lost) @ states)
-    return out_of_chunks(out, length).to(dtype)
+            total = running_sum(_chunked(log_decay[..., None], chunk))
+        out = _DeltaRule.apply(q, k, v, beta, total, scale)
+    by_token = out.permute(0, 2, 3, 1, 4).to(dtype, memory_format=torch.contiguous_format)
+    return by_token.flatten(1, 2)[:, :length]
 
 
-def _scores(x: Tensor, k: Tensor, ratios: Tensor) -> Tensor:
-    """x_i . k_j times what is left at i of j, nothing of a later j: [... c d] -> [... c c]."""
-    return (x @ k.mT) * ratios
+def _chunked(x: Tensor, chunk: int) -> Tensor:
+    """[b l h d] -> [b h n c d] in at least fp32, contiguous, zeros after the end; one copy, or none."""
+    wide = x.dtype if x.dtype == torch.float64 else torch.float32
+    x = x.transpose(1, 2).to(wide, memory_format=torch.contiguous_format)
+    if x.shape[2] % chunk:
+        x = F.pad(x, (0, 0, 0, -x.shape[2] % chunk))
+    return x.contiguous().unflatten(2, (-1, chunk))
 
 
-def _kept_small(function: Callable, *args: Tensor):
-    """function(*args), computed again in the backward pass instead of kept."""
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
-
-
-class _UnitInverse(torch.autograd.Function):
-    """The inverse of I + lower, lower strictly triangular; for the backward pass it keeps nothing else."""
+class _DeltaRule(torch.autograd.Function):
+    """All chunks at once. The gradient goes backwards through the recurrence itself, from chunk to chunk and
+    through the system inside each, not through the products that make it linear in S.
+    """
 
     @staticmethod
-    def forward(ctx, lower: Tensor) -> Tensor:
-        inverse = unit_inverse(lower)
-        ctx.save_for_backward(inverse)
-        return inverse
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, total: Tensor, scale: float) -> Tensor:
+        """q, k: [b h n c d], v: [b h n c e], beta: [b h n c 1], total: sums of g, broadcast to beta."""
+        end, ratios, weighed = total[..., -1:, :], decay_matrix(total), k * beta
+        inverse = unit_inverse((weighed @ k.mT).mul_(ratios))
+        seen = inverse @ (weighed * total.exp())  # u is `own` minus `seen` S
+        own = inverse @ (v * beta)
+        left = (k * (end - total).exp()).mT
+        transition = end.exp() * torch.eye(k.shape[-1], dtype=k.dtype, device=k.device) - left @ seen
+        states = before(matrix_scan(transition, left @ own), dim=2)  # [b h n d e]
+        u = _plus_product(own, seen, states, alpha=-1)
+        scaled = q * scale
+        out = _plus_product((scaled @ k.mT).mul_(ratios) @ u, scaled * total.exp(), states)
+        ctx.save_for_backward(q, k, v, beta, total, ratios, inverse, seen, transition, states, u)
+        ctx.scale = scale
+        return out
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        (inverse,) = ctx.saved_tensors
-        return -(inverse.mT @ grad @ inverse.mT).tril(-1)
+    def backward(ctx, grad: Tensor):
+        q, k, v, beta, total, ratios, inverse, seen, transition, states, u = ctx.saved_tensors
+        with full_precision(grad):
+            grad, end, grown = grad.contiguous(), total[..., -1:, :], total.exp()
+            q, kept = q * ctx.scale, (end - total).exp()
+            back = (q @ k.mT).mul_(ratios).mT @ grad  # through the own chunk
+            of_states = _plus_product((q * grown).mT @ grad, seen.mT, back, alpha=-1)
+            later = matrix_scan(transition.mT.flip(2), of_states.flip(2))
+            later = before(later, dim=2).flip(2)  # of the state after the chunk: [b h n d e]
+            right = inverse.mT @ _plus_product(back, k * kept, later)  # of beta (v - exp(G) S^T k)
+            scores = (grad @ u.mT).mul_(ratios)
+            lower = (right @ u.mT).mul_(ratios)
+            lower.diagonal(dim1=-2, dim2=-1).zero_()
+            grad_q = _plus_product((grad @ states.mT).mul_(grown), scores, k)
+            as_query = _plus_product((right @ states.mT).mul_(grown), lower, k)  # of -k, times 1 / beta
+            written = (u @ later.mT).mul_(kept)
+            as_key = _plus_product(written, scores.mT, q)
+            as_key = _plus_product(as_key, lower.mT, k * beta, alpha=-1)
+            found = (k * as_query).sum(-1, keepdim=True)
+            grad_total = None
+            if ctx.needs_input_grad[4]:
+                # G_i stands beside q_i, and beside k_i where it reads; -G_j beside k_j where it is written to
+                grad_total = (q * grad_q - k * as_key).sum(-1, keepdim=True) - beta * found
+                last = (k * written).sum((-2, -1), keepdim=True)
+                grad_total[..., -1:, :] += last + end.exp() * (later * states).sum((-2, -1), keepdim=True)
+            grad_beta = (right * v).sum(-1, keepdim=True) - found
+            return grad_q * ctx.scale, as_key - beta * as_query, right * beta, grad_beta, grad_total, None
+
+
+def _plus_product(x: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1) -> Tensor:
+    """x + alpha a @ b over three leading dimensions, in one kernel."""
+    return torch.baddbmm(*(part.flatten(0, 2) for part in (x, a, b)), alpha=alpha).unflatten(0, x.shape[:3])
 
 
 def unit_inverse(lower: Tensor) -> Tensor:
-    """(I + lower)^-1, lower [... c c] strictly triangular, c a power of two.
+    """(I + lower)^-1, lower [... c c] below its diagonal, the rest not read; c a power of two.
 
     By halves: [[A, 0], [C, B]]^-1 = [[A^-1, 0], [-B^-1 C A^-1, B^-1]]. Its entries are those of products of
     (I - beta k k^T), so they stay small; the powers of `lower`, whose sum it is too, do not.
@@ -128,11 +156,29 @@ def _small_inverse(lower: Tensor) -> Tensor:
 
 
 def unit(x: Tensor, *, norm: str = "l2", eps: float = UNIT_EPS) -> Tensor:
-    """x over the length of its last axis, l2 or l1; finite gradients at zero."""
-    dtype, (x,) = x.dtype, at_least_fp32(x)
-    if norm == "l1":
-        return (x / (x.abs().sum(-1, keepdim=True) + eps)).to(dtype)
-    return (x * (x.square().sum(-1, keepdim=True) + eps).rsqrt()).to(dtype)
+    """x over the length of its last axis, l2 or l1, in at least fp32; finite gradients at zero."""
+    return _Unit.apply(x, norm, eps)
+
+
+class _Unit(torch.autograd.Function):
+    """Keeps its result, contiguous in the order of x's axes, and nothing else of that size."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, norm: str, eps: float) -> Tensor:
+        wide = x.dtype if x.dtype == torch.float64 else torch.float32
+        length = torch.linalg.vector_norm(x, 1 if norm == "l1" else 2, dim=-1, keepdim=True, dtype=wide)
+        factor = (length + eps).reciprocal() if norm == "l1" else (length.square() + eps).rsqrt()
+        out = torch.mul(x, factor, out=torch.empty(x.shape, dtype=wide, device=x.device))
+        ctx.save_for_backward(out, factor)
+        ctx.norm, ctx.dtype = norm, x.dtype
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        out, factor = ctx.saved_tensors
+        along = (grad * out).sum(-1, keepdim=True)
+        direction = out.sign() if ctx.norm == "l1" else out
+        return torch.addcmul(grad, direction, along, value=-1).mul_(factor).to(ctx.dtype), None, None
 
 
 def queries_keys_values(
@@ -147,31 +193,49 @@ def queries_keys_values(
     """u: [... l 2hd+he] the three projections side by side, conv: [... 2hd+he w], d = width -> q, k [... l h
     d] of length 1, v [... l h e]: each channel convolved with its past and mapped, values by silu.
 
-    They are computed again in the backward pass, from u.
+    Convolved and mapped in the dtype of u. q and k lie in memory as [... h l d], which `delta_rule` wants.
     """
-    options = {"width": width, "num_heads": num_heads, "feature_map": feature_map, "norm": norm}
-    return _kept_small(functools.partial(_queries_keys_values, **options), u, conv)
-
-
-def _queries_keys_values(u: Tensor, conv: Tensor, *, width, num_heads, feature_map, norm):
     keys = width * num_heads
-    parts = short_conv(u, conv).split([keys, keys, u.shape[-1] - 2 * keys], dim=-1)
-    q, k, v = (part.unflatten(-1, (num_heads, -1)) for part in parts)
-    return unit(feature_map(q), norm=norm), unit(feature_map(k), norm=norm), F.silu(v)
+    u = short_conv(u, conv.to(u.dtype))
+    q, k, v = (
+        x.unflatten(-1, (num_heads, -1)) for x in u.split([keys, keys, u.shape[-1] - 2 * keys], dim=-1)
+    )
+    q, k = (unit(feature_map(x).transpose(-2, -3), norm=norm).transpose(-2, -3) for x in (q, k))
+    return q, k, F.silu(v)
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float = NORM_EPS) -> Tensor:
-    """Each head over its root mean square, times weight: x [... h e]; x alone is kept."""
-    return _kept_small(functools.partial(head_norm, eps=eps), x, weight)
+    """Each head over its root mean square, times weight, which broadcasts: x [... h e]; x alone is kept."""
+    return _RmsNorm.apply(x, weight, eps)
 
 
-def small_xavier(linear: nn.Linear, widths: list[int]) -> nn.Linear:
-    """A linear map that stands for several, side by side, started as the authors start each."""
-    with torch.no_grad():
-        for part in linear.weight.split(widths):
-            nn.init.xavier_uniform_(part, gain=GAIN)
-        if linear.bias is not None:
-            linear.bias.zero_()
+class _RmsNorm(torch.autograd.Function):
+    """In at least fp32, each result written in the dtype of x at once."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.dtype if x.dtype == torch.float64 else torch.float32
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+        factor = (length.square() / x.shape[-1] + eps).rsqrt()
+        ctx.save_for_backward(x, weight, factor)
+        return torch.mul(x, factor, out=torch.empty(x.shape, dtype=x.dtype, device=x.device)).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, factor = ctx.saved_tensors
+        normed = x * factor
+        shares = grad * normed
+        grad_weight = shares.sum_to_size(weight.shape).to(weight.dtype)
+        along = shares.mul_(weight).mean(-1, keepdim=True)
+        grad_x = torch.addcmul(grad * weight.to(factor.dtype), normed, along, value=-1)
+        return grad_x.mul_(factor).to(x.dtype), grad_weight, None
+
+
+def linear_map(place: Place, width_in: int, width_out: int) -> nn.Linear:
+    """Started as torch starts it, but for a bias of zero."""
+    linear = nn.Linear(width_in, width_out, bias=place.bias)
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)
     return linear
 
 

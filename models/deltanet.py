@@ -15,10 +15,11 @@ Cost     time O(L D (C + D + E)), memory O(L (C + D + E) + L D E / C) per head; 
          expand_v times the head width, C = 64 tokens of a chunk
 Exact    no; with orthonormal keys and beta = 1 it is linear attention without a normaliser
 Padding  W x and beta are zero there: the state stays, the convolution reads zeros
-Differs  two directions (paper: causal); biases as the place says, zero at first (paper: none); l1 is eps plus
-         the sum of absolute values (code: the sum, of positive features); neg_eigval=True doubles beta
-         (Grazzi et al., arXiv 2411.12537); kernel=fla, or auto on a GPU in half precision, runs the authors'
-         kernels
+Differs  two directions (paper: causal); biases as the place says, zero at first (paper: none); maps W start
+         as torch starts them (authors: normal, 0.02, made for a width of 2048: at 64 to 128 the output would
+         start at a fifth to a third of this); l1 is eps plus the sum of absolute values (code: the sum, of
+         positive features); neg_eigval=True doubles beta (Grazzi et al., arXiv 2411.12537); conv and f in the dtype of
+         W x; kernel=fla, or auto on a GPU in half precision, runs the authors' kernels
 """
 # b batch, l length, h heads, d head dim (keys), e head dim (values), s sets of parameters
 
@@ -27,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.common import Mixer, Place, Traits, register
-from models.delta_rule import delta_rule, queries_keys_values, rms_norm, short_filters, small_xavier, width_of
+from models.delta_rule import delta_rule, linear_map, queries_keys_values, rms_norm, short_filters, width_of
 from models.directions import both_directions, forward_alone, known_directions
 from models.fla_kernels import checked
 
@@ -77,11 +78,9 @@ class DeltaNet(Mixer):
         self.e = width_of(place, "deltanet", expand_v=expand_v)
         heads, sets = place.num_heads, 2 if directions == "untied" else 1
         keys, values = heads * self.d, heads * self.e
-        self.project = small_xavier(
-            nn.Linear(place.d_model, 2 * keys + values, bias=place.bias), [keys, keys, values]
-        )
-        self.rates = small_xavier(nn.Linear(place.d_model, sets * heads, bias=place.bias), sets * [heads])
-        self.out = small_xavier(nn.Linear(values, place.d_model, bias=place.bias), [place.d_model])
+        self.project = linear_map(place, place.d_model, 2 * keys + values)
+        self.rates = linear_map(place, place.d_model, sets * heads)
+        self.out = linear_map(place, values, place.d_model)
         self.conv = short_filters("deltanet", sets, 2 * keys + values, kernel_size)  # [s 2hd+he w]
         self.norm = nn.Parameter(torch.ones(sets, self.e))
 
@@ -94,7 +93,8 @@ class DeltaNet(Mixer):
         if self.directions == "forward":
             mixed = forward_alone(self._recurrence, there, mask)
         else:
-            mixed = sum(both_directions(self._recurrence, there, mask, back_streams=back))
+            there, back = both_directions(self._recurrence, there, mask, back_streams=back)
+            mixed = there + back
         return self.out(mixed.flatten(2).to(x.dtype))
 
     def _recurrence(self, u: Tensor, beta: Tensor) -> Tensor:

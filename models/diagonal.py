@@ -32,13 +32,44 @@ def diagonal_system(x: Tensor, log_decay: Tensor, inputs: Tensor, outputs: Tenso
     inputs, outputs = inputs.to(dtype), outputs.to(dtype)
     with full_precision(x):
         updates = torch.cat([inputs.real, inputs.imag]) @ x.flatten(0, 1).mT  # [2r bl]
-        updates = updates.unflatten(0, (2, -1)).unflatten(-1, (batch_size, -1)).movedim(0, -1)  # [r b l 2]
-        updates = torch.view_as_complex(updates.contiguous())
-        states = diagonal_scan(log_decay, updates, len(outputs))
-        y = states[0].flatten(1).mT @ outputs[0]
-        if len(outputs) == 2:
-            y = torch.addmm(y, states[1].flatten(1).mT, outputs[1])
-    return y.real.unflatten(0, (batch_size, -1))[:, :length]
+        states = diagonal_scan(log_decay, _joined(updates).unflatten(-1, (batch_size, -1)), len(outputs))
+        y = _Readout.apply(outputs, *states)
+    return y.unflatten(0, (batch_size, -1))[:, :length]
+
+
+class _Readout(torch.autograd.Function):
+    """Re(sum_k C_k h_k) as products of real matrices: half the work of complex ones. Keeps C and h alone.
+
+    outputs [k r e], states: k tensors [r b l], complex -> [bl e], real.
+    """
+
+    @staticmethod
+    def forward(ctx, outputs: Tensor, *states: Tensor) -> Tensor:
+        ctx.save_for_backward(outputs, *states)
+        weights = torch.cat([outputs.real, -outputs.imag], dim=1)  # [k 2r e]
+        y = _parts(states[0]).mT @ weights[0]
+        for h, weight in zip(states[1:], weights[1:], strict=True):
+            y.addmm_(_parts(h).mT, weight)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
+        outputs, *states = ctx.saved_tensors
+        weights = torch.cat([outputs.real, -outputs.imag], dim=1)
+        with full_precision(grad):
+            grad_outputs = _joined(torch.stack([_parts(h) @ grad for h in states], dim=1)).conj()
+            grad_states = [_joined(weight @ grad.mT).view_as(states[0]) for weight in weights]
+        return grad_outputs.movedim(1, 0), *grad_states
+
+
+def _parts(states: Tensor) -> Tensor:
+    """Complex [r b l] -> [2r bl], the real parts and then the imaginary ones."""
+    return torch.view_as_real(states).movedim(-1, 0).flatten(2).flatten(0, 1)
+
+
+def _joined(parts: Tensor) -> Tensor:
+    """Real [2r ...], real parts and then imaginary ones -> complex [r ...]."""
+    return torch.view_as_complex(parts.unflatten(0, (2, -1)).movedim(0, -1).contiguous())
 
 
 def diagonal_scan(log_decay: Tensor, updates: Tensor, directions: int) -> tuple[Tensor, ...]:

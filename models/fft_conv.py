@@ -26,8 +26,6 @@ def fft_conv(x: Tensor, kernel: Tensor, back: Tensor | None = None) -> Tensor:
         back = back[:, : length - 1]
         taps_back = back.shape[1]
     size = fast_size(length + max(kernel.shape[1] - 1, taps_back))
-    if kernel.shape[1] + taps_back > size:  # a kernel for the past and one for the future share the circle
-        size = fast_size(kernel.shape[1] + taps_back)
     circle = F.pad(kernel, (0, size - kernel.shape[1]))
     if taps_back:
         circle = circle + F.pad(back.flip(-1), (size - taps_back, 0))

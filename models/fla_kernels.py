@@ -2,13 +2,17 @@
 
 The choice is the mechanism's own parameter `kernel`: torch takes what is written here in torch; fla takes
 these kernels and raises where they cannot run; auto takes them for half precision on a CUDA device (autocast
-included), if fla-core imports there and torch is not compiling. They are an optional dependency, and they
-compute in half precision what the torch forms compute in float32.
+included), if fla-core imports there, widths are even and torch neither compiles nor is asked to be
+deterministic. They are an optional dependency, and they take their products and, in the forward pass, keep
+the states of chunks in half precision, which the torch forms do in float32.
 """
 
 import functools
 import importlib
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
 from importlib.util import find_spec
 
 import torch
@@ -26,7 +30,9 @@ OPERATIONS = {
     "chunk_gated_delta_rule": "fla.ops.gated_delta_rule",
 }
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("lra.models.fla_kernels")  # below `lra`: a run's log collects that
+
+_choices: list[dict[str, str | None]] = [{}]  # as `choices` gives them, the innermost last
 
 
 def checked(kernel: str, name: str) -> str:
@@ -36,9 +42,29 @@ def checked(kernel: str, name: str) -> str:
     return kernel
 
 
-def chosen(kernel: str, *tensors: Tensor, one_decay: bool = False) -> bool:
-    """True if a recurrence over these (queries first) is fla's to compute; `one_decay` if it has one decay
-    for all dimensions of a head that differs from token to token.
+@contextmanager
+def choices() -> Iterator[dict[str, str | None]]:
+    """What is chosen inside, anew: what the log says of it -> the package whose kernels run, None for torch.
+
+    What an inner one collects is not the outer one's. The list is the process's: autograd chooses again in
+    threads of its own where a forward pass is repeated.
+    """
+    made: dict[str, str | None] = {}
+    _choices.append(made)
+    try:
+        yield made
+    finally:
+        _choices[:] = [other for other in _choices if other is not made]
+
+
+def taken(made: dict[str, str | None]) -> str | None:
+    """The package whose kernels ran at least once by these choices, with its version; None if torch alone."""
+    return next((package for package in made.values() if package), None)
+
+
+def chosen(kernel: str, q: Tensor, k: Tensor, v: Tensor, *others: Tensor, one_decay: bool = False) -> bool:
+    """True if a recurrence over these is fla's to compute, widths last; `one_decay` if all key dimensions of
+    a head share a decay that each token sets (not one that is the same for all tokens).
 
     kernel=fla raises RuntimeError where fla-core cannot run at all and ValueError for tensors it cannot take.
     """
@@ -49,8 +75,10 @@ def chosen(kernel: str, *tensors: Tensor, one_decay: bool = False) -> bool:
         if kernel == "fla":
             raise RuntimeError("kernel=fla cannot be compiled by torch; use kernel=auto, or do not compile")
         return False
-    device = tensors[0].device
-    missing, unfit = unavailable(device), unsuited(*tensors)
+    device = q.device
+    missing, unfit = unavailable(device), unsuited(q, k, v, *others)
+    if not missing and torch.are_deterministic_algorithms_enabled():
+        missing = "deterministic algorithms are asked for, and it picks its own by timing them"
     if one_decay and not missing:
         missing = without_gradients(device)
     if kernel == "fla":
@@ -58,9 +86,8 @@ def chosen(kernel: str, *tensors: Tensor, one_decay: bool = False) -> bool:
             raise RuntimeError(f"kernel=fla cannot run: {missing}; use kernel=auto or kernel=torch")
         if unfit:
             raise ValueError(f"kernel=fla cannot run: {unfit}; use kernel=auto or kernel=torch")
-        return True
     reason = missing or unfit
-    _tell(device, f"torch, because {reason}" if reason else "the kernels of fla-core")
+    _tell(device, reason)
     return not reason
 
 
@@ -94,14 +121,18 @@ def without_gradients(device: torch.device) -> str:
     return "fla-core has no gradients of one decay a head on this GPU with this Triton (it needs 3.7.1)"
 
 
-def unsuited(*tensors: Tensor) -> str:
+def unsuited(q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> str:
     """Why fla's kernels cannot take these tensors, empty if they can."""
-    dtypes = [torch.float64 for x in tensors if x.dtype == torch.float64] or [precision(tensors[0])]
-    if dtypes[0] not in HALF:
-        given = str(dtypes[0]).removeprefix("torch.")
+    double = any(x.dtype == torch.float64 for x in (q, k, v, *others))
+    dtype = torch.float64 if double else precision(q)
+    if dtype not in HALF:
+        given = str(dtype).removeprefix("torch.")
         return f"it needs bfloat16 or float16, or autocast to one, and got {given}"
-    if tensors[0].shape[-1] > WIDEST:
-        return f"it needs heads of at most {WIDEST} key dimensions, and got {tensors[0].shape[-1]}"
+    keys, values = q.shape[-1], v.shape[-1]
+    if keys > WIDEST:
+        return f"it needs heads of at most {WIDEST} key dimensions, and got {keys}"
+    if keys % 2 or values % 2:
+        return f"it needs heads of even widths, and got {keys} for keys and {values} for values"
     return ""
 
 
@@ -118,8 +149,21 @@ def operation(name: str):
 
 
 @functools.cache
-def _tell(device: torch.device, what: str) -> None:
-    log.info("recurrences on %s: %s", device, what)
+def package() -> str:
+    """fla-core and its version."""
+    try:
+        return f"fla-core {metadata.version('fla-core')}"
+    except metadata.PackageNotFoundError:  # there under another name, as its sources
+        return "fla-core"
+
+
+def _tell(device: torch.device, against: str) -> None:
+    """Keeps and logs, once for each `choices`, that fla's kernels run, or what is against them."""
+    what = f"torch, because {against}" if against else f"the kernels of {package()}"
+    said = f"recurrences on {device}: {what}"
+    if said not in _choices[-1]:
+        _choices[-1][said] = None if against else package()
+        log.info(said)
 
 
 def decayed_attention(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, scale: float = 1.0) -> Tensor:

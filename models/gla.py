@@ -13,9 +13,11 @@ Padding  padded tokens have k = 0, v = 0, a = 1: they leave the state as it was
 Differs  the paper and its code are causal; N is a layer norm in the paper, a root-mean-square norm in its
          code, with a weight in both: rms by default; all projections have a bias where the place asks for it
          (paper: W_g and the decays have one, code: the decays); kernel=fla, or auto on a GPU in half
-         precision, runs the code's own kernels
+         precision, runs the code's own kernels: products, and states between chunks, in half precision
 """
 # b batch, l length, h heads, d head dim (keys), e head dim (values)
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +25,8 @@ from torch import Tensor, nn
 
 from models import fla_kernels, scan
 from models.common import Mixer, Place, Traits, at_least_fp32, register
-from models.directions import DIRECTIONS, both_directions, forward_alone
-from models.head_norm import KINDS, head_norm
+from models.directions import both_directions, forward_alone, known_directions
+from models.head_norm import head_norm, known_kind
 
 EPS = 1e-5
 
@@ -95,21 +97,18 @@ class GLA(Mixer):
         kernel: str = "auto",
     ) -> None:
         super().__init__(place, projections=False)
-        for given, name, allowed in (
-            (directions, "directions", DIRECTIONS),
-            (head_norm, "head_norm", KINDS),
-        ):
-            if given not in allowed:
-                raise ValueError(f"unknown {name} '{given}' for gla; choose from: {', '.join(allowed)}")
-        keys, values = place.head_dim * expand_k, place.head_dim * expand_v
-        if not (keys >= 1 and values >= 1 and keys == int(keys) and values == int(values)):
+        keys, values = float(place.head_dim * expand_k), float(place.head_dim * expand_v)
+        if not (keys >= 1 and values >= 1 and keys.is_integer() and values.is_integer()):
             raise ValueError(
                 "gla needs expand_k and expand_v that give whole head widths of at least 1; "
                 f"got {keys:g} and {values:g} for heads of {place.head_dim}"
             )
-        if not (isinstance(gate_rank, int) and gate_rank >= 1 and tau > 0):
-            raise ValueError(f"gla needs gate_rank >= 1, whole, and tau > 0, got {gate_rank} and {tau}")
-        self.directions, self.head_norm = directions, head_norm
+        if not (type(gate_rank) is int and gate_rank >= 1 and 0 < tau < math.inf):
+            raise ValueError(
+                f"gla needs gate_rank >= 1, whole, and finite tau > 0, got {gate_rank} and {tau}"
+            )
+        self.directions = known_directions(directions, "gla")
+        self.head_norm = known_kind(head_norm, "gla", int(values))
         self.kernel = fla_kernels.checked(kernel, "gla")
         self.state = int(keys) * int(values) * place.num_heads * (1 if directions == "forward" else 2)
         options = (int(keys), int(values), gate_rank, tau)

@@ -10,6 +10,17 @@ from models.common import at_least_fp32
 KINDS = ("rms", "layer")
 
 
+def known_kind(kind: str, name: str, values: int) -> str:
+    """`kind`, or ValueError if mechanism `name`, with heads `values` wide, cannot norm them so."""
+    if kind not in KINDS:
+        raise ValueError(f"unknown head_norm '{kind}' for {name}; choose from: {', '.join(KINDS)}")
+    if kind == "layer" and values == 1:
+        raise ValueError(
+            f"{name} with head_norm=layer would make heads of 1 value zero; use head_norm=rms or wider heads"
+        )
+    return kind
+
+
 def head_norm(x: Tensor, weight: Tensor | None = None, *, kind: str = "rms", eps: float = 1e-5) -> Tensor:
     """x [... h e] over its root mean square, or with mean 0 and variance 1, times weight [e], if any.
 

@@ -65,8 +65,10 @@ def gates(logit: Tensor, floor: tuple[Tensor, Tensor] | None) -> tuple[Tensor, T
     if floor is None:
         return F.logsigmoid(logit), (-logit).sigmoid()
     log_floor, log_rest = floor
+    share = log_rest.exp() * (-logit).sigmoid()
+    near_one = torch.log1p(-share.clamp_max(0.5))  # there the sum of logs would lose the digits of 1 - l
     log_decay = torch.logaddexp(log_floor, log_rest + F.logsigmoid(logit))
-    return log_decay, log_rest.exp() * (-logit).sigmoid()
+    return torch.where(share < 0.5, near_one, log_decay), share
 
 
 def normed(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor:

@@ -6,15 +6,18 @@ Computes v, x^1, ..., x^N = short convolutions of projections of the input;  z^1
          h^n_t = (exp(-a |t|/(max_len - 1)) + shift) network(features of |t|), a from slow to fast over the
          width; the network has sines of `frequency` (learned) times its linear maps in place of activations,
          its features are |t|/(max_len - 1) and sine and cosine of 0, 1, ..., bands - 1 periods of max_len
-         normalise  the network over the sum of its absolute values over the width, at each distance
+         normalise  the network over the sum of its absolute values over the width + eps, at each distance
          untied the last map of the network has outputs of its own for each direction; tied h_{-t} = h_t;
          forward no way back. The token itself counts once. The short convolution is centred, forward: causal
 Cost     time O(N L log(L) D), memory O(N L D)
 Exact    yes
 Padding  projections and the input of every convolution are zeroed at padding; a hole keeps distances
 Differs  two-sided (paper: causal); N long convolutions, as in the paper (released code of order N has N - 1:
-         the first is left out); features are fixed (released: learned at a rate of 1e-5), their 0 periods are
-         1e-4, as released; normalise sums over one filter and direction (released: over all)
+         the first is left out), so normalise is on (released: an option, off): without it outputs grow
+         with the length, to a root mean square of 60 at 16,384 tokens of unit size; it sums over one filter
+         and direction (released: over all, no eps); features are fixed (released: learned at a rate of 1e-5),
+         their 0 periods are 1e-4, as released; bias=false is honoured by the projections, while short
+         convolutions and network keep their biases
 """
 # b batch, l length, d width, n order, k taps, s directions, f features, w hidden width
 
@@ -25,13 +28,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.common import Mixer, Place, Traits, at_least_fp32, full_precision, register
+from models.common import Mixer, Place, Traits, at_least_fp32, register
 from models.directions import known_directions, short_conv
 from models.fft_conv import fft_conv, sides
 from models.ssm import tagged
 
 DECAY_TO = 1e-2  # what the window falls to, at 0.3 of max_len in the last feature and 1.5 in the first
 SLOW, FAST = -math.log(DECAY_TO) / 1.5, -math.log(DECAY_TO) / 0.3
+NORM_EPS = 1e-6
 
 
 def features(distance: Tensor, max_len: int, bands: int) -> Tensor:
@@ -50,19 +54,24 @@ def filters(
     *,
     shift: float = 0.0,
     normalise: bool = False,
+    eps: float = NORM_EPS,
 ) -> Tensor:
-    """inputs: [k f], weights: [w f], [w w] ..., [s n d w], biases: [w] but for the last -> [s n d k]."""
-    *weights, last = at_least_fp32(*weights)
-    inputs, frequency, *biases = (x.to(last.dtype) for x in (inputs, frequency, *biases))
+    """inputs: [k f], weights: [w f], [w w] ..., [s n d w], biases: [w] but for the last -> [s n d k].
+
+    The products are of float64, which neither autocast nor TF32 rounds: `frequency` and the next sine
+    multiply an error of the first by hundreds.
+    """
+    (like,) = at_least_fp32(weights[-1])
+    inputs, frequency = inputs.double(), frequency.double()
+    *weights, last = (weight.double() for weight in weights)
     hidden = inputs
-    with full_precision(inputs):
-        for weight, bias in zip(weights, biases, strict=True):
-            hidden = torch.sin(frequency * (hidden @ weight.mT + bias))
-        kernels = last @ hidden.mT
+    for weight, bias in zip(weights, biases, strict=True):
+        hidden = torch.sin(frequency * (hidden @ weight.mT + bias.double()))
+    kernels = (last @ hidden.mT).to(like.dtype)
     if normalise:
-        kernels = kernels / kernels.abs().sum(dim=-2, keepdim=True)
-    rates = torch.linspace(SLOW, FAST, last.shape[-2], device=last.device, dtype=last.dtype)
-    return kernels * (torch.exp(-rates[:, None] * inputs[:, 0]) + shift)
+        kernels = kernels / (kernels.abs().sum(dim=-2, keepdim=True) + eps)
+    rates = torch.linspace(SLOW, FAST, last.shape[-2], device=last.device, dtype=torch.float64)
+    return kernels * (torch.exp(-rates[:, None] * inputs[:, 0]) + shift).to(like.dtype)
 
 
 def hyena(
@@ -99,7 +108,7 @@ class Hyena(Mixer):
         bands: int = 16,
         frequency: float = 14.0,
         shift: float = 0.0,
-        normalise: bool = False,
+        normalise: bool = True,
         kernel_size: int = 3,
         directions: str = "untied",
         filter_lr_scale: float = 1.0,
@@ -110,12 +119,18 @@ class Hyena(Mixer):
                 f"hyena needs order, bands and d_filter >= 1 and filter_layers >= 0, got order={order}, "
                 f"bands={bands}, d_filter={d_filter}, filter_layers={filter_layers}"
             )
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"hyena centres a short kernel of odd size, got kernel_size={kernel_size}")
-        if not 0 < frequency < math.inf:
-            raise ValueError(f"hyena needs frequency > 0, got {frequency}")
-        self.order, self.bands, self.shift, self.normalise = order, bands, shift, normalise
         self.directions = known_directions(directions, "hyena")
+        if kernel_size < 1:
+            raise ValueError(f"hyena needs kernel_size >= 1, got {kernel_size}")
+        if kernel_size % 2 == 0 and directions != "forward":
+            raise ValueError(
+                f"hyena centres a short kernel of odd size unless directions=forward, got {kernel_size=}"
+            )
+        if not 0 < frequency < math.inf or not math.isfinite(shift):
+            raise ValueError(
+                f"hyena needs frequency > 0 and a finite shift, got frequency={frequency}, shift={shift}"
+            )
+        self.order, self.bands, self.shift, self.normalise = order, bands, shift, normalise
         d, streams = place.d_model, (order + 1) * place.d_model
         self.streams = nn.Linear(d, streams, bias=place.bias)
         self.short_weight, self.short_bias = uniform(kernel_size, (streams, kernel_size), (streams,))

@@ -9,7 +9,7 @@ Cost     time O(C L log(L) D), memory O(C L D), parameters O(C L D), C channels 
 Exact    yes
 Padding  padded rows are zeroed before the convolution; a hole keeps the distances around it
 Differs  both directions by default (released: for Pathfinder and Path-X alone), smoothing=1 as released; no
-         dropout between GELU and W
+         dropout between GELU and W; W keeps its bias with bias=false
 """
 # b batch, l length, d width, k taps, s directions, c channels
 
@@ -92,6 +92,11 @@ class LongConv(Mixer):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         length = x.shape[1]
+        if length > self.place.max_len:
+            raise ValueError(
+                f"long_conv was built for at most {self.place.max_len} positions and got {length}; "
+                "raise max_len or shorten the input"
+            )
         weight = self.kernel[..., : length + self.smoothing // 2]
         kernels = squash(weight, threshold=self.threshold, smoothing=self.smoothing)[..., :length]
         kernels = F.dropout(kernels, self.kernel_dropout, self.training)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from models.common import Mixer, Place, Traits, at_least_fp32, register
 from models.diagonal import diagonal_system
-from models.directions import DIRECTIONS
+from models.directions import known_directions
 from models.ssm import Output, tagged
 
 LEAST = 1e-6
@@ -50,7 +50,8 @@ def lru(
     dtype = x.dtype
     (x,) = at_least_fp32(x if mask is None else x.masked_fill(~mask[..., None], 0))
     log_decay = torch.complex(-nu.double().exp(), theta.double().exp())
-    return (diagonal_system(x, log_decay, log_gamma.exp()[:, None] * b, c) + skip * x).to(dtype)
+    y = diagonal_system(x, log_decay, log_gamma.exp()[:, None] * b, c)
+    return torch.addcmul(y, skip, x).to(dtype)
 
 
 def ring(size: int, r_min: float, r_max: float, max_phase: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,11 +88,7 @@ class LRU(Mixer):
             raise ValueError(f"lru needs 0 <= r_min < r_max <= 1, got r_min={r_min}, r_max={r_max}")
         if not 0 < max_phase <= 2 * math.pi:
             raise ValueError(f"lru needs 0 < max_phase <= 2 pi, got {max_phase}")
-        if directions not in DIRECTIONS:
-            raise ValueError(
-                f"unknown directions '{directions}' for lru; choose from: {', '.join(DIRECTIONS)}"
-            )
-        self.d_state, self.directions = d_state, directions
+        self.d_state, self.directions = d_state, known_directions(directions, "lru")
         d, r = place.d_model, d_state
         nu, theta, log_gamma = (t.to(torch.get_default_dtype()) for t in ring(r, r_min, r_max, max_phase))
         self.nu = tagged(nn.Parameter(nu), lr_scale=ssm_lr_scale)
@@ -100,7 +97,7 @@ class LRU(Mixer):
         self.b = tagged(nn.Parameter(torch.randn(r, d, 2) * (2 * d) ** -0.5), lr_scale=ssm_lr_scale)
         self.c = nn.Parameter(torch.randn(2 if directions == "untied" else 1, r, d, 2) * r**-0.5)
         self.skip = nn.Parameter(torch.randn(d))
-        self.output = Output(d, d, kind=output)
+        self.output = Output(d, d, kind=output, name="lru")
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         nu, theta, log_gamma, b, c, skip = at_least_fp32(

@@ -14,7 +14,8 @@ Exact    yes
 Padding  dt = 0 there keeps the state; the convolution reads zeros there
 Differs  two directions (paper: causal); biases of both projections as in the backbone, zero at first
          (paper: none); both directions start from the paper's step sizes (released Vision Mamba: one does);
-         out_proj is not divided by the root of the number of layers at first (released: by the model)
+         out_proj is not divided by the root of the number of layers at first (released: by the model);
+         there are no heads: num_heads and d_head change nothing
 """
 # b batch, r sets of parameters (two if untied), l length, d channels, s states of a channel (the N above), k
 # rank of the step
@@ -25,6 +26,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from models.common import Mixer, Place, Traits, at_least_fp32, register
 from models.directions import both_directions, forward_alone, known_directions, short_conv
@@ -57,6 +59,7 @@ class _SelectiveScan(torch.autograd.Function):
         return torch.cat(out, dim=-1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
         """The states again, and the same recurrence from the end for the gradients of their updates."""
         x, B, C, dt, rate = ctx.saved_tensors
@@ -138,9 +141,9 @@ class Mamba(Mixer):
     ) -> None:
         super().__init__(place, projections=False)
         rank = math.ceil(place.d_model / 16) if dt_rank is None else dt_rank
-        if d_state < 1 or expand < 1 or rank < 1:
+        if not all(type(count) is int and count >= 1 for count in (d_state, expand, rank)):
             raise ValueError(
-                f"mamba needs d_state, expand and dt_rank >= 1, got {d_state}, {expand} and {rank}"
+                f"mamba needs whole d_state, expand and dt_rank >= 1, got {d_state}, {expand} and {rank}"
             )
         self.directions = known_directions(directions, "mamba")
         self.inner, self.d_state, self.rank = expand * place.d_model, d_state, rank

@@ -12,9 +12,11 @@ Cost     time O(L D (N + 64)), memory O(L D), of which the states of all chunks 
 Exact    yes: chunks of 64 give the recurrence
 Padding  dt = 0 there keeps the state; the convolution reads zeros there
 Differs  two directions (paper: causal); biases of both projections as in the backbone, zero at first (paper:
-         none); heads are head_dim wide, whatever num_heads says: the widest divisor of the inner width up to
-         64, the paper's; d_state 64 (128 in the paper's language models); one group of heads; out_proj is not
-         divided by the root of the number of layers at first, which in the released code the model does
+         none); heads are head_dim wide (the widest divisor of the inner width up to 64, the paper's):
+         num_heads and d_head change nothing; d_state 64 (128 in the paper's language models); one group of
+         heads; out_proj is not divided by the root of the number of layers at first, which in the released
+         code the model does; kernel=fla, or auto on a GPU in half precision, runs the kernels of fla-core:
+         products, and states between chunks, in half precision
 """
 # b batch, r sets of parameters (two if untied), l length, n chunks, c positions of a chunk, h heads, e head
 # dim, d channels, s states (the N above)
@@ -28,7 +30,7 @@ from torch import Tensor, nn
 from models import fla_kernels
 from models.common import Mixer, Place, Traits, at_least_fp32, full_precision, register
 from models.directions import both_directions, forward_alone, known_directions, short_conv
-from models.scan import CHUNK, before, decay_matrix, running_sum, scan
+from models.scan import CHUNK, before, running_sum, scan, within_chunks
 from models.ssm import step_bias, tagged
 
 EPS = 1e-5
@@ -50,8 +52,8 @@ def ssd(x: Tensor, B: Tensor, C: Tensor, log_decay: Tensor, *, kernel: str = "to
     x, B, C, log_decay = (_in_chunks(part) for part in at_least_fp32(x, B, C, log_decay))  # [b n c ...]
     with full_precision(x):
         total = running_sum(log_decay)  # [b n c h]
-        past = decay_matrix(total.mT.unsqueeze(-1))  # [b n h c c]
-        within = ((C @ B.mT).unsqueeze(2) * past) @ x.transpose(2, 3)  # [b n h c e]
+        by_head = x.transpose(2, 3).contiguous(), total.mT.unsqueeze(-1)
+        within = within_chunks(C.unsqueeze(2), B.unsqueeze(2), *by_head)  # [b n h c e]
         end = total[:, :, -1:]
         until_end = (end - total).exp().unsqueeze(-1)
         update = (B.mT @ (x * until_end).flatten(-2)).unflatten(-1, x.shape[-2:])  # [b n s h e]
@@ -77,7 +79,7 @@ def head_width(head_dim: int | None, inner: int) -> int:
     """`head_dim`, or the widest up to 64 that divides the inner width."""
     if head_dim is None:
         return next(width for width in range(min(WIDEST_HEAD, inner), 0, -1) if inner % width == 0)
-    if head_dim < 1 or inner % head_dim:
+    if type(head_dim) is not int or head_dim < 1 or inner % head_dim:
         raise ValueError(
             f"mamba2 cannot split {inner} channels (expand times d_model) into heads of head_dim={head_dim}; "
             f"choose a divisor of {inner}"
@@ -106,8 +108,8 @@ class Mamba2(Mixer):
         kernel: str = "auto",
     ) -> None:
         super().__init__(place, projections=False)
-        if d_state < 1 or expand < 1:
-            raise ValueError(f"mamba2 needs d_state and expand >= 1, got {d_state} and {expand}")
+        if not all(type(count) is int and count >= 1 for count in (d_state, expand)):
+            raise ValueError(f"mamba2 needs whole d_state and expand >= 1, got {d_state} and {expand}")
         if not 0 < eps < math.inf:
             raise ValueError(f"mamba2 needs eps > 0, got {eps}")
         self.directions = known_directions(directions, "mamba2")

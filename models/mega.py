@@ -21,9 +21,12 @@ Cost     time O(L^2 D + L log L D), memory O(L D): scores are made in blocks of 
 Exact    no; its attention is softmax attention where it is that function without a bias
 Padding  x is zero there before the average, keys are masked, and the number of keys is of real ones
 Differs  omega, its silu and sqrt(m) are of the released code (paper: x' = y). That code truncates in LRA, at
-         4096 for Path-X, else 1024; one version of it leaves x_t out of the backward average. Chunks need
-         not divide the length. num_heads and d_head of the backbone change nothing; its `activation` is the
-         feed-forward's (LRA: silu), norm and prenorm are the backbone's
+         4096 for Path-X, else 1024. Here x_t counts in both averages; versions of that code differ: those
+         whose average has an option `shift` leave x_t out of the backward one, with shift=True, which begins
+         at x_{t+1} with its second weight, and with shift=False, which begins there with its first. Chunks
+         need not divide the length. num_heads and d_head of the backbone change nothing; its `activation` is
+         the feed-forward's (LRA: silu), norm and prenorm are the backbone's; bias=false is honoured by the
+         linear maps of the attention, while g, c and the feed-forward keep theirs
 """
 # b batch, l length, d d_model, e gated width, s width of queries and keys, m states of a channel,
 # n chunks, c positions of a chunk, r rows of it
@@ -153,6 +156,8 @@ def in_rows(
     dropout: float,
 ) -> Tensor:
     """f(q k^T + bias) v, some rows of all scores at a time, which are made again for the gradients."""
+    # Blocks of rows bound memory: the loop has size / ROWS turns, 32 at 16,384 tokens, and more only where a
+    # large batch makes SCORES the bound. A fixed number of turns would let memory grow with size^2.
     size = q.shape[2]
     rows = max(1, min(ROWS, SCORES // (q.shape[0] * q.shape[1] * size)))
     mixed = []
@@ -237,7 +242,7 @@ class GatedAttention(nn.Module):
         if position_bias == "rotary" and key_width % 2:
             raise ValueError(f"position_bias=rotary needs an even key_width, got {key_width}")
         width, gated = place.d_model, expansion * place.d_model
-        self.attention, self.chunk = attention, chunk
+        self.attention, self.chunk, self.max_len = attention, chunk, place.max_len
         self.widths = [width, key_width, gated, width]  # update gate, shared, reset gate, candidate
         self.average = MovingAverage(width, d_state, truncation)
         self.value = nn.Linear(width, gated, bias=place.bias)
@@ -255,6 +260,11 @@ class GatedAttention(nn.Module):
         self.attn_dropout = nn.Dropout(attn_dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self.table is not None and self.chunk is None and x.shape[1] > self.max_len:
+            raise ValueError(
+                f"mega has biases for at most {self.max_len} positions and got {x.shape[1]}; raise max_len, "
+                "set chunk or position_bias=rotary, or shorten the input"
+            )
         moved = self.dropout(self.average(x, mask))
         update, shared, reset, candidate = self.hidden(moved).split(self.widths, dim=-1)
         shared = F.silu(shared)
@@ -277,9 +287,9 @@ class GatedAttention(nn.Module):
         if self.table is not None and self.chunk is None:
             reason = "a bias is learned for every offset below max_len"
             traits = traits.but(reason, fixed_length=True)
-        in_rows = self.attention != "softmax" or self.table is not None
-        if self.attn_dropout.p and self.chunk is None and in_rows:
-            traits = traits.but("with attn_dropout all scores are kept", quadratic_memory=True)
+        if self.attn_dropout.p and self.chunk is None:
+            reason = "with attn_dropout all scores are kept, by torch's own kernels too on a CPU"
+            traits = traits.but(reason, quadratic_memory=True)
         return traits
 
     def state_size(self, length: int) -> int:

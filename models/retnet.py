@@ -14,7 +14,8 @@ Differs  the paper is causal. gamma is the scale of its xPos, the rotation the r
          scale around. Angles are those of rotary embeddings (code: 10000^(-t), t evenly from 0 to 1). The
          divisors of section 2.4 are left out: N undoes them but for its eps. N has no weight, as in the code,
          whose N is a root mean square. Biases where the place asks for them (paper: none). kernel=fla, or
-         auto on a GPU in half precision, runs the kernels of fla-core
+         auto on a GPU in half precision, runs the kernels of fla-core: products, and states between chunks,
+         in half precision
 """
 # b batch, l length, h heads, d head dim (keys), e head dim (values)
 
@@ -24,8 +25,8 @@ from torch import Tensor, nn
 
 from models import fla_kernels, scan
 from models.common import Mixer, Place, Traits, at_least_fp32, register, rotate
-from models.directions import DIRECTIONS, both_directions, forward_alone
-from models.head_norm import KINDS, head_norm
+from models.directions import both_directions, forward_alone, known_directions
+from models.head_norm import head_norm, known_kind
 
 EPS = 1e-6  # as released; at the start the squares it is added to are near 1e-5
 BASE = 10_000.0  # of the rotation
@@ -93,21 +94,16 @@ class RetNet(Mixer):
         kernel: str = "auto",
     ) -> None:
         super().__init__(place, projections=False)
-        for given, name, allowed in (
-            (directions, "directions", DIRECTIONS),
-            (head_norm, "head_norm", KINDS),
-        ):
-            if given not in allowed:
-                raise ValueError(f"unknown {name} '{given}' for retnet; choose from: {', '.join(allowed)}")
-        keys, values = place.head_dim, place.head_dim * expand_v
+        keys, values = place.head_dim, float(place.head_dim * expand_v)
         if keys % 2:
             raise ValueError(f"retnet turns pairs of keys, got heads of {keys}; change num_heads or d_head")
-        if not (values >= 1 and values == int(values)):
+        if not (values >= 1 and values.is_integer()):
             raise ValueError(
                 "retnet needs expand_v that gives a whole head width of at least 1; "
                 f"got {values:g} for heads of {keys}"
             )
-        self.directions, self.head_norm = directions, head_norm
+        self.directions = known_directions(directions, "retnet")
+        self.head_norm = known_kind(head_norm, "retnet", int(values))
         self.kernel = fla_kernels.checked(kernel, "retnet")
         self.state = keys * int(values) * place.num_heads * (1 if directions == "forward" else 2)
         inner = int(values) * place.num_heads

@@ -16,7 +16,9 @@ Padding  inputs at padding are zeros; a hole keeps the distances
 Differs  every channel has its own A and B (released configuration for LRA: one for all, n_ssm = 1); B starts
          at ones and is trained, as in the released code, which the paper allows; the step is the exponential
          of a parameter, as in s4d.py of the release (its configurations for LRA: softplus, of equal start);
-         no dropout after the activation: the backbone's is on the branch
+         it learns at the rate of A and B unless dt_lr_scale is set (released configurations for ListOps, Text
+         and Retrieval: at the full rate, dt_lr_scale=1); no dropout after the activation: the backbone's is
+         on the branch
 """
 # b batch, l length, d channels, n conjugate pairs of states, r directions (1 or 2)
 
@@ -29,10 +31,19 @@ from torch import Tensor, nn
 from models.common import Mixer, Place, Traits, at_least_fp32, register
 from models.directions import known_directions
 from models.fft_conv import fft_conv, sides
-from models.ssm import Output, exponential_kernel, hippo_legs, log_uniform, tagged
+from models.ssm import (
+    Output,
+    check_steps,
+    exponential_kernel,
+    held_input,
+    hippo_legs,
+    log_uniform,
+    tagged,
+)
 
 INITS = ("lin", "inv", "legs")
 DISCRETISATIONS = ("zoh", "bilinear")
+LEAST = 1e-30
 
 
 def frequencies(init: str, d_state: int) -> Tensor:
@@ -53,13 +64,16 @@ def s4d_kernel(
     What depends on no position is computed in float64: 1 - Abar of a slow state is small beside 1.
     """
     wide = torch.complex128
-    z = step.double()[:, None] * a.to(wide)
+    step = step.double()[:, None]
+    z = step * a.to(wide)
     if discretisation == "zoh":
-        log_factors, scale = z, torch.expm1(z) / a.to(wide)
+        log_factors, share = z, held_input(z)
     else:
-        log_factors, scale = ((1 + z / 2) / (1 - z / 2)).log(), step.double()[:, None] / (1 - z / 2)
-    weights = 2 * c.to(wide) * (b.to(wide) * scale)
-    return exponential_kernel(weights.to(c.dtype), log_factors.to(c.dtype), length)
+        above = 1 + z / 2
+        above = above + LEAST * (above == 0)  # Abar = 0 has no logarithm, but its derivative is finite
+        log_factors, share = (above / (1 - z / 2)).log(), 1 / (1 - z / 2)
+    weights = 2 * c.to(wide) * (b.to(wide) * (step * share))
+    return exponential_kernel(weights.to(c.dtype), log_factors, length)
 
 
 def convolve(x: Tensor, kernel: Tensor, back: Tensor | None, skip: Tensor, mask: Tensor | None) -> Tensor:
@@ -87,6 +101,7 @@ class S4D(Mixer):
         dt_max: float = 0.1,
         output: str = "glu",
         ssm_lr_scale: float = 0.1,
+        dt_lr_scale: float | None = None,
     ) -> None:
         super().__init__(place, projections=False)
         check_sizes("s4d", d_state, dt_min, dt_max)
@@ -102,21 +117,22 @@ class S4D(Mixer):
         frequency = frequencies(state_init, d_state).to(torch.get_default_dtype()).expand(d, n).clone()
         self.log_decay = tagged(nn.Parameter(torch.full((d, n), math.log(0.5))), **own)
         self.frequency = tagged(nn.Parameter(frequency), **own)
-        self.log_step = tagged(nn.Parameter(log_uniform((d,), dt_min, dt_max)), **own)
+        self.log_step = tagged(
+            nn.Parameter(log_uniform((d,), dt_min, dt_max)),
+            lr_scale=ssm_lr_scale if dt_lr_scale is None else dt_lr_scale,
+        )
         self.b = tagged(nn.Parameter(torch.tensor([1.0, 0.0]).expand(d, n, 2).clone()), **own)
         sets = 2 if directions == "untied" else 1
         self.c = nn.Parameter(torch.randn(sets, d, n, 2) * 0.5**0.5)  # real and imaginary parts
         self.skip = nn.Parameter(torch.randn(d))
-        self.output = Output(d, d, kind=output)
+        self.output = Output(d, d, kind=output, name="s4d")
 
     def kernels(self, length: int) -> Tensor:
         """[r d length]: of the way there, and of the way back if that has a C of its own."""
-        log_decay, frequency, log_step, b, c = at_least_fp32(
-            self.log_decay, self.frequency, self.log_step, self.b, self.c
-        )
-        a = torch.complex(-log_decay.exp(), frequency)
-        b, c = torch.view_as_complex(b), torch.view_as_complex(c)
-        return s4d_kernel(a, log_step.exp(), b, c, length, discretisation=self.discretisation)
+        a = torch.complex(-self.log_decay.double().exp(), self.frequency.double())
+        b, c = (torch.view_as_complex(part) for part in at_least_fp32(self.b, self.c))
+        step = self.log_step.double().exp()  # an angle is up to 1e5 times the step
+        return s4d_kernel(a, step, b, c, length, discretisation=self.discretisation)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         (skip,) = at_least_fp32(self.skip)
@@ -133,5 +149,4 @@ def check_sizes(name: str, d_state: int, dt_min: float, dt_max: float) -> None:
         raise ValueError(
             f"{name} keeps conjugate pairs of states, got d_state={d_state}; choose an even number from 2"
         )
-    if not 0 < dt_min <= dt_max < math.inf:
-        raise ValueError(f"{name} needs 0 < dt_min <= dt_max, got dt_min={dt_min}, dt_max={dt_max}")
+    check_steps(name, dt_min, dt_max)

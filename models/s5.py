@@ -17,13 +17,13 @@ Exact    no; no attention. It equals the recurrence above, which is linear and t
 Padding  inputs at padding are zeros; a hole keeps the distances
 Differs  real parts of A above -1e-4 count as -1e-4 (clip_eigs; of the released settings for this benchmark
          those of Image alone); gelu without the tanh approximation; B always trains as A and the step do,
-         without weight decay (released: so in three of six tasks); no dropout after the activation: the
-         backbone's is on the branch. The defaults half_glu1, blocks of HiPPO and init_c are those of the
-         released code, d_state is smaller; ListOps and Text took half_glu2
+         without weight decay (released: so in three of six tasks), the step at the rate of A unless
+         dt_lr_scale is set (released for Text and Retrieval, dt_global: at the full rate, dt_lr_scale=1, and
+         with weight decay); no dropout after the activation: the backbone's is on the branch. The defaults
+         half_glu1, blocks of HiPPO and init_c are those of the released code, d_state is smaller; ListOps and
+         Text took half_glu2
 """
 # b batch, l length, d channels, r = d_state / 2 states, k directions
-
-import math
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +31,8 @@ from torch import Tensor, nn
 
 from models.common import Mixer, Place, Traits, at_least_fp32, register
 from models.diagonal import diagonal_system
-from models.directions import DIRECTIONS
-from models.ssm import OUTPUTS, Output, log_uniform, tagged
+from models.directions import known_directions
+from models.ssm import OUTPUTS, Output, check_steps, held_input, log_uniform, tagged
 
 HALF_GLU = ("half_glu1", "half_glu2")
 INITS_OF_C = ("truncated", "lecun", "complex")
@@ -45,12 +45,12 @@ def s5(x: Tensor, a: Tensor, step: Tensor, b: Tensor, c: Tensor, skip: Tensor, m
 
     Abar and Bbar are made in float64: 1 - Abar of a slow state is small beside 1.
     """
-    dtype = x.dtype
+    dtype, step = x.dtype, step.double()
     (x,) = at_least_fp32(x if mask is None else x.masked_fill(~mask[..., None], 0))
     a = a.to(torch.complex128)
-    log_decay = a * step.double()
-    inputs = (torch.expm1(log_decay) / a)[:, None] * b
-    return (diagonal_system(x, log_decay, inputs, 2 * c) + skip * x).to(dtype)
+    log_decay = a * step
+    inputs = (step * held_input(log_decay))[:, None] * b
+    return torch.addcmul(diagonal_system(x, log_decay, inputs, 2 * c), skip, x).to(dtype)
 
 
 def hippo_normal(size: int) -> tuple[Tensor, Tensor]:
@@ -82,7 +82,8 @@ class HalfGLU(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         a = F.gelu(y)
-        return (a if self.gate_gelu else y) * self.linear(a).sigmoid()
+        gate = self.linear(a).sigmoid()
+        return (a if self.gate_gelu else y).to(gate.dtype) * gate
 
 
 @register("s5")
@@ -104,6 +105,7 @@ class S5(Mixer):
         dt_max: float = 0.1,
         output: str = "half_glu1",
         ssm_lr_scale: float = 0.25,
+        dt_lr_scale: float | None = None,
     ) -> None:
         super().__init__(place, projections=False)
         if num_blocks < 1 or d_state < 2 or d_state % (2 * num_blocks):
@@ -111,23 +113,22 @@ class S5(Mixer):
                 f"s5 needs num_blocks equal blocks of conjugate pairs, got d_state={d_state}, "
                 f"num_blocks={num_blocks}; choose a d_state that 2 * num_blocks divides"
             )
-        if not 0 < dt_min <= dt_max < math.inf:
-            raise ValueError(f"s5 needs 0 < dt_min <= dt_max, got dt_min={dt_min}, dt_max={dt_max}")
-        for name, value, known in (
-            ("init_c", init_c, INITS_OF_C),
-            ("directions", directions, DIRECTIONS),
-            ("output", output, HALF_GLU + OUTPUTS),
-        ):
+        check_steps("s5", dt_min, dt_max)
+        for name, value, known in (("init_c", init_c, INITS_OF_C), ("output", output, HALF_GLU + OUTPUTS)):
             if value not in known:
                 raise ValueError(f"unknown {name} '{value}' for s5; choose from: {', '.join(known)}")
-        self.d_state, self.clip_eigs, self.directions = d_state, clip_eigs, directions
+        self.directions = known_directions(directions, "s5")
+        self.d_state, self.clip_eigs = d_state, clip_eigs
         d, r, dtype = place.d_model, d_state // 2, torch.get_default_dtype()
         a, vectors = hippo_normal(d_state // num_blocks)
         a, vectors = a.repeat(num_blocks), torch.block_diag(*[vectors] * num_blocks)  # [r], [2r r]
         b = vectors.mH @ truncated_normal(2 * r, d, fan_in=2 * r).to(vectors)
         self.a_real = tagged(nn.Parameter(a.real.to(dtype)), lr_scale=ssm_lr_scale)
         self.a_imag = tagged(nn.Parameter(a.imag.to(dtype)), lr_scale=ssm_lr_scale)
-        self.log_step = tagged(nn.Parameter(log_uniform((r,), dt_min, dt_max)), lr_scale=ssm_lr_scale)
+        self.log_step = tagged(
+            nn.Parameter(log_uniform((r,), dt_min, dt_max)),
+            lr_scale=ssm_lr_scale if dt_lr_scale is None else dt_lr_scale,
+        )
         self.b = tagged(nn.Parameter(torch.view_as_real(b).to(dtype)), lr_scale=ssm_lr_scale)
         directed = 2 if directions == "untied" else 1
         if init_c == "complex":
@@ -144,13 +145,12 @@ class S5(Mixer):
             self.output = Output(d, d, kind=output)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        real, imag, log_step, b, c, skip = at_least_fp32(
-            self.a_real, self.a_imag, self.log_step, self.b, self.c, self.skip
-        )
+        real, imag, b, c, skip = at_least_fp32(self.a_real, self.a_imag, self.b, self.c, self.skip)
         a = torch.complex(real.clamp_max(-LEAST_DECAY) if self.clip_eigs else real, imag)
         b, c = torch.view_as_complex(b), torch.view_as_complex(c)
         c = c.expand(2, -1, -1) if self.directions == "tied" else c
-        return self.output(s5(x, a, log_step.exp(), b, c, skip, mask))
+        step = self.log_step.double().exp()  # an angle is up to 1e5 times the step
+        return self.output(s5(x, a, step, b, c, skip, mask))
 
     def state_size(self, length: int) -> int:
         return self.d_state * (1 if self.directions == "forward" else 2)

@@ -7,6 +7,7 @@ log decay, key, value or update is zero leaves the state as it was. States are f
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from models.common import at_least_fp32, full_precision
 
@@ -102,62 +103,154 @@ def decayed_attention(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, chu
     dtype of v. No product of decays is divided by another: what underflows is zero, nothing overflows.
     """
     dtype, length = v.dtype, v.shape[1]
-    q, k, v, log_decay = (in_chunks(x, chunk) for x in at_least_fp32(q, k, v, log_decay))  # [b h n c d]
+    q, k, v, log_decay = at_least_fp32(*(in_chunks(x, chunk) for x in (q, k, v, log_decay)))  # [b h n c d]
     with full_precision(v):
-        total = running_sum(log_decay)
-        intra = _within_scalar(q, k, v, total) if total.shape[-1] == 1 else _within_vector(q, k, v, log_decay)
+        if log_decay.shape[-1] == 1:
+            total = running_sum(log_decay)
+            intra = within_chunks(q, k, v, total)
+        else:
+            intra, total = _WithinVector.apply(q, k, v, log_decay)
         end = total[..., -1:, :]
-        update = torch.einsum("bhncd,bhnce->bhnde", k * (end - total).exp(), v)
+        update = (k * (end - total).exp()).mT @ v  # [b h n d e]
         states = before(scan(end.mT.exp(), update, dim=2), dim=2)
-        inter = torch.einsum("bhncd,bhnde->bhnce", q * total.exp(), states)
-    return out_of_chunks(intra + inter, length).to(dtype)
-
-
-def _within_scalar(q: Tensor, k: Tensor, v: Tensor, total: Tensor) -> Tensor:
-    """The sums over j <= i of i's own chunk, one decay a head."""
-    return (q @ k.mT * decay_matrix(total)) @ v
+        out = intra + (q * total.exp()) @ states
+    return out_of_chunks(out.to(dtype), length)
 
 
 def decay_matrix(total: Tensor) -> Tensor:
     """exp(total_i - total_j) for j <= i, else 0: running sums [... c 1] -> [... c c]."""
     c = total.shape[-2]
     past = torch.ones(c, c, dtype=torch.bool, device=total.device).tril()
-    return (total - total.mT).masked_fill(~past, -torch.inf).exp()
+    return (total - total.mT).masked_fill_(~past, -torch.inf).exp_()
 
 
-def _within_vector(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
-    """The same with one decay for each key dimension, which no matrix of positions can hold.
-
-    The chunk is halved again and again: each second half looks at its first half across their border, and the
-    decays up to the border and from it are both at most 1. At the end i looks at itself.
+def within_chunks(q: Tensor, k: Tensor, v: Tensor, total: Tensor) -> Tensor:
+    """The sums over j <= i of i's own chunk, one decay a head: q, k [... c d], v [... c e], running sums of
+    log decays [... c 1] -> [... c e]; leading dimensions of q, k and total may be 1 where those of v are not.
     """
-    out = (q * k).sum(-1, keepdim=True) * v
-    half = q.shape[-2] // 2
-    while half:
-        halves = [x.unflatten(-2, (-1, 2, half)) for x in (q, k, v, log_decay)]  # [b h n m 2 half d]
-        queries, decay_since = halves[0][..., 1, :, :], running_sum(halves[3][..., 1, :, :])
-        keys, decay = halves[1][..., 0, :, :], running_sum(halves[3][..., 0, :, :])
-        decay_until = decay[..., -1:, :] - decay
-        scores = (queries * decay_since.exp()) @ (keys * decay_until.exp()).mT
-        crossed = scores @ halves[2][..., 0, :, :]
-        out = out + torch.stack([torch.zeros_like(crossed), crossed], dim=-3).flatten(-4, -2)
-        half //= 2
-    return out
+    return _WithinScalar.apply(q, k, v, total)
+
+
+class _WithinScalar(torch.autograd.Function):
+    """It keeps two matrices of positions where autograd keeps three; the decays' gradient needs none."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, total: Tensor) -> Tensor:
+        decay = decay_matrix(total)
+        weights = (q @ k.mT) * decay
+        out = weights @ v
+        ctx.save_for_backward(q, k, v, decay, weights, out if ctx.needs_input_grad[3] else None)
+        ctx.shape = total.shape
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        q, k, v, decay, weights, out = ctx.saved_tensors
+        with full_precision(grad):
+            scores = (grad @ v.mT).mul_(decay).sum_to_size(*q.shape[:-1], q.shape[-2])
+            grad_q, grad_k, grad_v = scores @ k, scores.mT @ q, weights.mT @ grad
+        if out is None:
+            return grad_q, grad_k, grad_v, None
+        # total_i scales all that i sees, -total_j all that is seen of j
+        grad_total = (grad * out).sum(-1, keepdim=True) - (grad_v * v).sum(-1, keepdim=True)
+        return grad_q, grad_k, grad_v, grad_total.sum_to_size(ctx.shape)
+
+
+class _WithinVector(torch.autograd.Function):
+    """The same with one decay for each key dimension, which no matrix of positions can hold: log decays
+    [... c d] -> [... c e] and the running sums [... c d]. It keeps its inputs alone.
+
+    Halves of a chunk are put together again and again: each second half looks at its first half across their
+    border, and the decays up to the border and from it are both at most 1. Before that i looks at itself.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(q, k, v, log_decay)
+        out, total, half = (q * k).sum(-1, keepdim=True) * v, log_decay.clone(), 1
+        while half < q.shape[-2]:
+            queries, keys, _, _ = _across(q, k, total, half)
+            _halves(out, half)[1].add_((queries @ keys.mT) @ _halves(v, half)[0])
+            _join_(total, half)
+            half *= 2
+        return out, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor, grad_sums: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        q, k, v, log_decay = ctx.saved_tensors
+        itself = (grad * v).sum(-1, keepdim=True)
+        grad_q, grad_k, grad_v = itself * k, itself * q, (q * k).sum(-1, keepdim=True) * grad
+        total, half = log_decay.clone(), 1
+        while half < q.shape[-2]:
+            queries, keys, since, until = _across(q, k, total, half)
+            over, values = _halves(grad, half)[1], _halves(v, half)[0]
+            with full_precision(grad):
+                scores = over @ values.mT
+                _halves(grad_q, half)[1].addcmul_(scores @ keys, since)
+                _halves(grad_k, half)[0].addcmul_(scores.mT @ queries, until)
+                _halves(grad_v, half)[0].add_((keys @ queries.mT) @ over)
+            _join_(total, half)
+            half *= 2
+        if not ctx.needs_input_grad[3]:
+            return grad_q, grad_k, grad_v, None
+        # total_i scales q_i and all that it sees, -total_j scales k_j
+        grad_total, half = (q * grad_q).addcmul_(k, grad_k, value=-1).add_(grad_sums), 1
+        while half < q.shape[-2]:  # sums from the end
+            first, second = _halves(grad_total, half)
+            first.add_(second[..., :1, :])
+            half *= 2
+        return grad_q, grad_k, grad_v, grad_total
+
+
+def _halves(x: Tensor, half: int) -> tuple[Tensor, Tensor]:
+    """The first and the second half of each 2 * half rows, views: [... c d] -> [... m half d] each."""
+    return x.unflatten(-2, (-1, 2, half)).unbind(-3)
+
+
+def _across(q: Tensor, k: Tensor, total: Tensor, half: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Queries of second halves times their decays since the border, keys of first halves times theirs until
+    it, and both decays; total: running sums within halves.
+    """
+    first, second = _halves(total, half)
+    since, until = second.exp(), (first[..., -1:, :] - first).exp_()
+    return _halves(q, half)[1] * since, _halves(k, half)[0] * until, since, until
+
+
+def _join_(total: Tensor, half: int) -> None:
+    """Running sums within halves to those within both, in place."""
+    first, second = _halves(total, half)
+    second.add_(first[..., -1:, :])
 
 
 def running_sum(x: Tensor) -> Tensor:
     """Sums of the first 1, 2, ... rows of x [... c d]; by doubling: cumsum is not deterministic on GPUs."""
-    step = 1
-    while step < x.shape[-2]:
-        x = x + F.pad(x[..., :-step, :], (0, 0, step, 0))
-        step *= 2
-    return x
+    return _RunningSum.apply(x) if x.shape[-2] > 1 else x
+
+
+class _RunningSum(torch.autograd.Function):
+    """Its gradient is the same from the end; autograd would fill zeros and add for every step."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        step = 1
+        while step < x.shape[-2]:
+            later = x[..., step:, :] + x[..., :-step, :]
+            x = torch.cat([x[..., :step, :], later], dim=-2)
+            step *= 2
+        return x
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return running_sum(grad.flip(-2)).flip(-2)
 
 
 def in_chunks(x: Tensor, chunk: int) -> Tensor:
-    """[b l h d] -> [b h n c d], zeros after the end."""
-    x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % chunk))
-    return x.unflatten(1, (-1, chunk)).permute(0, 3, 1, 2, 4)
+    """[b l h d] -> [b h n c d], contiguous, zeros after the end."""
+    if short := -x.shape[1] % chunk:
+        x = F.pad(x, (0, 0, 0, 0, 0, short))
+    return x.unflatten(1, (-1, chunk)).permute(0, 3, 1, 2, 4).contiguous()
 
 
 def out_of_chunks(x: Tensor, length: int) -> Tensor:

@@ -12,7 +12,11 @@ Cost     time O(L log(L) D), memory O(L D), parameters O(log(L) D)
 Exact    yes
 Padding  padded rows are zeroed before the convolution; a hole keeps the distances around it
 Differs  Z, the norm of the initial kernel, is taken at construction and saved (released: at the first
-         forward); no dropout between GELU and W
+         forward); power is one constant (released: a power for each feature, drawn between decay_min and
+         decay_max, learned or fixed, and no decay from piece to piece); of the released ways to join pieces
+         only this one, not sum (all pieces added up), nearest (upsampled without interpolation) and hankel
+         (one piece times eigenvectors); kernels keep the weight decay of the run, as in the released code; no
+         dropout between GELU and W, which keeps its bias with bias=false
 """
 # b batch, l length, d width, k taps, s directions, n scales, w weights of a piece
 
@@ -24,7 +28,7 @@ from torch import Tensor, nn
 from models.common import Mixer, Place, Traits, at_least_fp32, full_precision, register
 from models.directions import known_directions
 from models.fft_conv import fft_conv, sides
-from models.ssm import Output
+from models.ssm import Output, tagged
 
 KERNEL_INITS = ("randn", "cos")
 
@@ -113,8 +117,8 @@ class SGConv(Mixer):
         self.decay_range, self.finest, self.power = (decay_min, decay_max), finest, power
         scales = max(1, 1 + math.ceil(math.log2(place.max_len / kernel_dim)) - finest)
         shape = (scales, 2 if directions == "untied" else 1, place.d_model, kernel_dim)
-        self.pieces = nn.Parameter(torch.randn(shape) if kernel_init == "randn" else cosines(shape))
-        self.pieces.lr_scale = kernel_lr_scale
+        pieces = nn.Parameter(torch.randn(shape) if kernel_init == "randn" else cosines(shape))
+        self.pieces = tagged(pieces, lr_scale=kernel_lr_scale, weight_decay=True)
         whole = kernel_dim * 2 ** (scales - 1 + finest)
         initial = multiscale_kernel(self.pieces.detach(), 1.0, self.decay, whole, finest=finest, power=power)
         self.register_buffer("kernel_norm", initial.norm(dim=-1, keepdim=True))
@@ -127,6 +131,11 @@ class SGConv(Mixer):
         return torch.linspace(*self.decay_range, self.place.d_model, device=device, dtype=torch.float64)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        if x.shape[1] > self.place.max_len:
+            raise ValueError(
+                f"sgconv was built for at most {self.place.max_len} positions and got {x.shape[1]}; "
+                "raise max_len or shorten the input"
+            )
         options = {"finest": self.finest, "power": self.power}
         kernels = multiscale_kernel(self.pieces, self.kernel_norm, self.decay, x.shape[1], **options)
         return self.output(sgconv(x, *sides(kernels, self.directions), self.skip, mask))

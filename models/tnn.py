@@ -11,17 +11,19 @@ Cost     time O(L log(L) D), memory O(L D)
 Exact    yes
 Padding  padded rows of v are zeroed; a hole keeps the distances around it
 Differs  only the one-dimensional form (tno2d, of the released runs on images, knows the grid); no norm after
-         the gate (an option of the released code, off by default); tied and forward alone, as published
+         the gate (an option of the released code, off by default); tied and forward alone, as published;
+         bias=false is honoured by the projections, while the network keeps its biases
 """
 # b batch, l length, d width, e expanded width, k offsets, w width of the network
 
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.common import Mixer, Place, Traits, at_least_fp32, full_precision, register
+from models.common import Mixer, Place, Traits, at_least_fp32, register
 from models.directions import known_directions
 from models.fft_conv import fft_conv
 
@@ -35,19 +37,21 @@ def rms_normed(x: Tensor, *, eps: float = NORM_EPS) -> Tensor:
 
 
 def coefficients(
-    offsets: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], gamma: Tensor
+    offsets: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], log_gamma: Tensor
 ) -> Tensor:
-    """gamma^|i-j| t(i-j). offsets: [... k], weights: [w 1], [w w] ..., [e w], biases: [w] ..., [e], gamma:
-    [e] or [1] -> [... e k].
+    """gamma^|i-j| t(i-j). offsets: [... k], weights: [w 1], [w w] ..., [e w], biases: [w] ..., [e],
+    log_gamma: float64, [e] or [1] -> [... e k].
+
+    Made in float64, which neither autocast nor TF32 rounds: TF32 has no odd offset above 2,048, and an error
+    of log_gamma is multiplied by the offset.
     """
-    gamma, *rest = at_least_fp32(gamma, *weights, *biases)
-    weights, biases = rest[: len(weights)], rest[len(weights) :]
-    offsets = offsets.to(gamma.dtype)[..., None]
-    with full_precision(offsets):
-        hidden = F.linear(offsets, weights[0], biases[0])
-        for weight, bias in zip(weights[1:], biases[1:], strict=True):
-            hidden = F.linear(F.relu(rms_normed(hidden)), weight, bias)
-    return (hidden * torch.exp(offsets.abs() * gamma.log())).mT
+    (like,) = at_least_fp32(weights[-1])
+    weights, biases = ([part.double() for part in parts] for parts in (weights, biases))
+    offsets = offsets.double()[..., None]
+    hidden = F.linear(offsets, weights[0], biases[0])
+    for weight, bias in zip(weights[1:], biases[1:], strict=True):
+        hidden = F.linear(F.relu(rms_normed(hidden)), weight, bias)
+    return (hidden * torch.exp(offsets.abs() * log_gamma)).to(like.dtype).mT
 
 
 def gated_toeplitz(
@@ -108,14 +112,15 @@ class TNN(Mixer):
         """The entries at offsets 0 ... length - 1 and, looking ahead, at -1 ... -length, [e length] each."""
         past = torch.arange(length, device=self.rpe_weights[0].device)
         offsets = past[None] if self.directions == "forward" else torch.stack([past, -1 - past])
-        made = coefficients(offsets, self.rpe_weights, self.rpe_biases, self.decays())
+        made = coefficients(offsets, self.rpe_weights, self.rpe_biases, self.log_decays())
         return made[0], None if self.directions == "forward" else made[1]
 
-    def decays(self) -> Tensor:
+    def log_decays(self) -> Tensor:
+        """log of gamma, or of gamma + (1 - gamma) sigmoid(g) = 1 - (1 - gamma) sigmoid(-g), in float64."""
         if self.decay is None:
-            weight = self.rpe_weights[0]
-            return torch.full((1,), self.gamma, device=weight.device, dtype=at_least_fp32(weight)[0].dtype)
-        return self.gamma + (1 - self.gamma) * torch.sigmoid(*at_least_fp32(self.decay))
+            device = self.rpe_weights[0].device
+            return torch.full((1,), math.log(self.gamma), device=device, dtype=torch.float64)
+        return torch.log1p((self.gamma - 1) * torch.sigmoid(-self.decay.double()))
 
     def state_size(self, length: int) -> int:
         return length * self.out.in_features  # what the sum over all offsets has seen

@@ -168,7 +168,7 @@ def test_drop_path_drops_whole_sequences():
 
 
 def test_rotary_positions_need_queries_and_keys():
-    with pytest.raises(UserError, match="no queries and keys"):
+    with pytest.raises(UserError, match="whose queries and keys do not rotate"):
         make("fnet", positions="rotary")
 
 

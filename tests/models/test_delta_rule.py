@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models.delta_rule import delta_rule, unit, unit_inverse
+from models.delta_rule import delta_rule, queries_keys_values, rms_norm, unit, unit_inverse
 
 
 def draw(*shape, seed=0, dtype=torch.float64):
@@ -90,6 +90,31 @@ def test_a_unit_vector_has_length_one_and_zero_a_finite_gradient(norm):
     torch.testing.assert_close(out, torch.tensor([expected, [0.0, 0.0]]), rtol=0, atol=1e-6)
     out.sum().backward()
     assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+def test_gradients_of_lengths_and_norms_are_those_of_finite_differences(norm):
+    x, weight = draw(2, 3, 2, 4).requires_grad_(), draw(2, 1, 1, 4, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: unit(x, norm=norm, eps=0.3), x)
+    assert torch.autograd.gradcheck(lambda x, weight: rms_norm(x, weight, eps=0.3), (x, weight))
+
+
+def test_what_is_kept_in_memory_of_half_precision_is_little():
+    """Queries and keys are kept once, as chunks want them; nothing of the elementwise steps between."""
+    u, conv = draw(1, 256, 32, dtype=torch.bfloat16).requires_grad_(), draw(32, 4, dtype=torch.float32)
+    beta = torch.full((1, 256, 2), 0.5)
+    kept = {}
+
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        q, k, v = queries_keys_values(u, conv, width=4, num_heads=2)
+        delta_rule(q, k, v, beta, -beta, chunk=4)
+    assert q.dtype == k.dtype == torch.float32 and v.dtype == torch.bfloat16
+    assert q.transpose(1, 2).is_contiguous() and k.transpose(1, 2).is_contiguous()
+    assert sum(kept.values()) < 10 * u.nbytes
 
 
 def test_the_triton_kernel_is_refused_where_it_cannot_run():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import models.deltanet
 from models import Place, build
 
 EXACT = {"rtol": 0, "atol": 1e-12}  # float64 rounding
@@ -31,12 +32,35 @@ def test_untied_with_equal_parameters_is_tied():
     torch.testing.assert_close(untied(x, mask)[mask], tied(x, mask)[mask], **EXACT)
 
 
-def test_it_starts_as_the_authors_code_does():
+def test_each_direction_of_untied_has_its_own_rates_and_filters():
+    x = torch.randn(1, 9, 16, dtype=torch.float64)
+    module = layer(directions="untied")
+    before = module(x)
+    for part in (module.conv[1], module.norm[1], module.rates.weight[2:]):
+        with torch.no_grad():
+            part += 0.5
+        after = module(x)
+        assert not torch.allclose(after, before)
+        before = after
+
+
+@pytest.mark.parametrize("width", [64, 256])
+def test_at_first_a_branch_is_neither_silent_nor_loud(width, monkeypatch):
+    """Also for the norm of a head's output: its eps is small beside the mean square."""
+    normed, honest = [], models.deltanet.rms_norm
+    keep = lambda *args: normed.append(honest(*args)) or normed[-1]  # noqa: E731
+    monkeypatch.setattr(models.deltanet, "rms_norm", keep)
+    module = layer(Place(width, width // 32, max_len=128)).float()
+    out = module(torch.randn(2, 128, width))
+    assert 0.1 < out.std() < 1
+    assert 0.9 < normed[0].square().mean().sqrt() < 1
+
+
+def test_it_starts_as_torch_starts_linear_layers():
     module = layer(Place(d_model=64, num_heads=16, max_len=80), expand_v=2.0)
-    parts = [*module.project.weight.split([64, 64, 128]), module.out.weight, module.rates.weight]
-    for weight in parts:
-        bound = 2**-2.5 * (6 / sum(weight.shape)) ** 0.5  # Xavier's, with the authors' gain
-        assert 0.9 * bound < weight.abs().max() <= bound
+    for linear in (module.project, module.out, module.rates):
+        bound = linear.in_features**-0.5
+        assert 0.95 * bound < linear.weight.abs().max() <= bound
     assert not any(bias.any() for name, bias in module.named_parameters() if name.endswith(".bias"))
     assert 0.45 < module.conv.abs().max() <= 0.5 and (module.norm == 1).all()
 

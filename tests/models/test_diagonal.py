@@ -82,3 +82,33 @@ def test_a_system_keeps_its_inputs_and_its_states_alone():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         diagonal_system(x, log_decay, inputs, outputs.requires_grad_())
     assert sum(kept.values()) < 1.02 * batch_size * length * (4 * d + 2 * 8 * r)
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+def test_autocast_leaves_a_system_in_float32(directions):
+    x, log_decay = draw(2, 150, 4).float().requires_grad_(), log_decays(8)
+    inputs, outputs = draw(8, 4, dtype=torch.complex64), draw(directions, 8, 4, dtype=torch.complex64)
+    leaves = [x, inputs.requires_grad_(), outputs.requires_grad_()]
+    expected = diagonal_system(x, log_decay, inputs, outputs)
+    gradients = torch.autograd.grad(expected.square().sum(), leaves)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = diagonal_system(x, log_decay, inputs, outputs)
+        assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    for one, other in zip(torch.autograd.grad(found.square().sum(), leaves), gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+def test_a_system_has_the_gradients_of_its_complex_products(directions):
+    x, log_decay = draw(2, 50, 3).requires_grad_(), log_decays(4).requires_grad_()
+    inputs, outputs = draw(4, 3, dtype=torch.complex128), draw(directions, 4, 5, dtype=torch.complex128)
+    leaves = [x, log_decay, inputs.requires_grad_(), outputs.requires_grad_()]
+    states = diagonal_scan(log_decay, torch.einsum("rd,bld->rbl", inputs, x.to(inputs.dtype)), directions)
+    expected = sum(torch.einsum("rbl,re->ble", h, c) for h, c in zip(states, outputs, strict=True)).real
+    found = diagonal_system(x, log_decay, inputs, outputs)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    weight = draw(*found.shape, seed=9)
+    pairs = [torch.autograd.grad((y * weight).sum(), leaves) for y in (found, expected)]
+    for one, other in zip(*pairs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from models import Place, build, fla_kernels, scan
 from models.delta_rule import delta_rule
+from models.retnet import log_gammas
 
 OPERATIONS = ("chunk_gla", "chunk_simple_gla", "chunk_delta_rule", "chunk_gated_delta_rule")
 
@@ -79,6 +80,32 @@ def test_wide_heads_are_torch_s(fla):
     )
 
 
+@pytest.mark.parametrize(("keys", "values"), [(5, 6), (4, 7), (1, 6), (5, 7)])
+def test_odd_widths_are_torch_s(fla, keys, values):
+    """Their gradients are refused by fla-core in half precision."""
+    q, k, _ = tensors(width=keys)
+    v = torch.randn(2, 5, 3, values).bfloat16()
+    assert not fla_kernels.chosen("auto", q, k, v)
+    message = f"needs heads of even widths, and got {keys} for keys and {values} for values"
+    with pytest.raises(ValueError, match=message):
+        fla_kernels.chosen("fla", q, k, v)
+
+
+def test_mamba2_with_heads_of_33_is_torch_s(fla, monkeypatch):
+    monkeypatch.setattr(fla_kernels, "without_gradients", lambda device: "")
+    for width, calls in ((33, 0), (34, 1)):
+        layer = build("mamba2", Place(d_model=width, num_heads=1, max_len=9), head_dim=width).bfloat16()
+        layer(torch.randn(1, 5, width).bfloat16())
+        assert len(fla) == calls
+
+
+def test_a_deterministic_run_is_torch_s(fla, monkeypatch):
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert not fla_kernels.chosen("auto", *tensors())
+    with pytest.raises(RuntimeError, match="kernel=fla cannot run: deterministic algorithms are asked for"):
+        fla_kernels.chosen("fla", *tensors())
+
+
 def test_compilation_is_torch_s(fla, monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert not fla_kernels.chosen("auto", *tensors())
@@ -137,16 +164,36 @@ def test_packages_are_looked_for_once_per_device(monkeypatch):
     assert asked == list(OPERATIONS)
 
 
-def test_the_choice_is_logged_once_with_its_reason(fla, caplog):
-    fla_kernels._tell.cache_clear()
-    with caplog.at_level(logging.INFO, "models.fla_kernels"):
+def test_the_choice_is_logged_once_with_its_reason_where_lra_collects_it(fla, caplog):
+    with caplog.at_level(logging.INFO, "lra"), fla_kernels.choices():
         for _ in range(3):
             fla_kernels.chosen("auto", *tensors())
             fla_kernels.chosen("auto", *tensors(torch.float32))
-    fla_kernels._tell.cache_clear()
+    assert {record.name for record in caplog.records} == {"lra.models.fla_kernels"}
     first, second = (record.getMessage() for record in caplog.records)
-    assert first == "recurrences on cpu: the kernels of fla-core"
+    assert first == f"recurrences on cpu: the kernels of {fla_kernels.package()}"
     assert second.startswith("recurrences on cpu: torch, because it needs bfloat16 or float16")
+
+
+def test_what_was_taken_is_kept_apart_for_each_run(fla, caplog):
+    with caplog.at_level(logging.INFO, "lra"), fla_kernels.choices() as first:
+        fla_kernels.chosen("auto", *tensors(torch.float32))
+        assert fla_kernels.taken(first) is None
+        with fla_kernels.choices() as inner:
+            fla_kernels.chosen("fla", *tensors())
+        assert fla_kernels.taken(first) is None
+        assert fla_kernels.taken(inner) == fla_kernels.package() and "fla-core" in fla_kernels.package()
+    with caplog.at_level(logging.INFO, "lra"), fla_kernels.choices() as second:
+        fla_kernels.chosen("auto", *tensors())
+    assert fla_kernels.taken(first) is None and fla_kernels.taken(second) == fla_kernels.package()
+    assert len(caplog.records) == 3  # the second run's log says it again
+
+
+def test_choices_end_with_the_run_that_fails(fla):
+    with pytest.raises(KeyError), fla_kernels.choices() as made:
+        raise KeyError
+    fla_kernels.chosen("auto", *tensors())
+    assert not made
 
 
 @pytest.mark.parametrize(("width", "operation"), [(4, "chunk_gla"), (1, "chunk_simple_gla")])
@@ -222,14 +269,39 @@ def test_gla_asks_for_its_scale_and_both_directions_as_one_batch(fla):
     assert name == "chunk_gla" and given["scale"] == 0.5 and given["q"].shape == (6, 7, 2, 4)
 
 
+@pytest.mark.parametrize("directions", ["tied", "forward"])
+def test_retnet_asks_for_its_scale_and_rates(fla, directions):
+    place = Place(d_model=16, num_heads=2, max_len=9)
+    layer = build("retnet", place, kernel="fla", directions=directions).bfloat16()
+    layer(torch.randn(3, 7, 16).bfloat16())
+    ((name, given),) = fla
+    assert name == "chunk_simple_gla" and given["scale"] == 8**-0.5
+    assert given["q"].shape == (3 if directions == "forward" else 6, 7, 2, 8)
+    assert torch.equal(given["g_gamma"], log_gammas(2).float())
+
+
+@pytest.mark.parametrize("name", ["gla", "retnet", "mamba2"])
+def test_layers_hand_on_their_choice_of_kernel(fla, name, monkeypatch):
+    monkeypatch.setattr(fla_kernels, "without_gradients", lambda device: "")
+    x = torch.randn(3, 7, 16).bfloat16()
+    for kernel, taken in (("torch", False), ("auto", True), ("fla", True)):
+        fla.clear()
+        build(name, Place(d_model=16, num_heads=2, max_len=9), kernel=kernel).bfloat16()(x)
+        assert bool(fla) == taken
+
+
 def rms(expected, found):
     return ((found.double() - expected).square().mean().sqrt() / expected.square().mean().sqrt()).item()
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("operation", [*OPERATIONS, "retention"])
 @pytest.mark.parametrize(
-    ("length", "heads", "keys", "values"), [(1, 2, 32, 64), (63, 2, 32, 64), (1000, 2, 32, 64)]
+    ("operation", "length", "heads", "keys", "values"),
+    [
+        *((name, length, 2, 32, 64) for name in (*OPERATIONS, "retention") for length in (1, 63, 1000)),
+        ("chunk_gla", 63, 2, 4, 8),
+        ("chunk_gla", 63, 2, 8, 16),
+    ],
 )
 def test_fla_equals_torch_in_outputs_and_gradients(operation, length, heads, keys, values):
     """Against float64 on the same rounded inputs; rows are ragged, padding is zeroed as mechanisms do. Where
@@ -287,8 +359,10 @@ def test_fla_equals_torch_in_outputs_and_gradients(operation, length, heads, key
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["gla", "retnet"])
+@pytest.mark.parametrize("name", ["gla", "retnet", "mamba2"])
 def test_a_layer_under_autocast_takes_fla_and_equals_torch(name, monkeypatch):
+    if name == "mamba2" and (reason := fla_kernels.without_gradients(torch.device("cuda", 0))):
+        pytest.skip(reason)
     calls = []
     honest = fla_kernels.operation
     monkeypatch.setattr(fla_kernels, "operation", lambda n: calls.append(n) or honest(n))

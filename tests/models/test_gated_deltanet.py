@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import models.gated_deltanet
 from models import Place, build
 from models.gated_deltanet import log_decays
 
@@ -39,20 +40,33 @@ def test_each_direction_of_untied_has_its_own_rates_and_filters():
     x = torch.randn(1, 9, 16, dtype=torch.float64)
     module = layer(directions="untied")
     before = module(x)
-    for name in ("conv", "log_rate", "step_bias", "norm"):
+    own = [getattr(module, name)[1] for name in ("conv", "log_rate", "step_bias", "norm")]
+    own += module.rates.weight[4:].split(2)  # of beta and of the decay, two heads
+    for part in own:
         with torch.no_grad():
-            getattr(module, name)[1] += 0.5
+            part += 0.5
         after = module(x)
         assert not torch.allclose(after, before)
         before = after
 
 
-def test_it_starts_as_the_authors_code_does():
+@pytest.mark.parametrize("width", [64, 256])
+def test_at_first_a_branch_is_neither_silent_nor_loud(width, monkeypatch):
+    """Also for the norm of a head's output: its eps is small beside the mean square."""
+    normed, honest = [], models.gated_deltanet.rms_norm
+    keep = lambda *args: normed.append(honest(*args)) or normed[-1]  # noqa: E731
+    monkeypatch.setattr(models.gated_deltanet, "rms_norm", keep)
+    module = layer(Place(width, width // 32, max_len=128)).float()
+    out = module(torch.randn(2, 128, width))
+    assert 0.1 < out.std() < 1
+    assert 0.6 < normed[0].square().mean().sqrt() < 1
+
+
+def test_it_starts_as_torch_starts_linear_layers():
     module = layer(Place(d_model=64, num_heads=16, max_len=80))
-    parts = [*module.project.weight.split([64, 64, 128]), module.gate.weight, module.out.weight]
-    for weight in [*parts, *module.rates.weight.split([16, 16])]:
-        bound = 2**-2.5 * (6 / sum(weight.shape)) ** 0.5  # Xavier's, with the authors' gain
-        assert 0.9 * bound < weight.abs().max() <= bound
+    for linear in (module.project, module.gate, module.out, module.rates):
+        bound = linear.in_features**-0.5
+        assert 0.95 * bound < linear.weight.abs().max() <= bound
     assert not any(bias.any() for name, bias in module.named_parameters() if name.endswith(".bias"))
     steps = torch.nn.functional.softplus(module.step_bias)
     assert 1e-3 * 0.999 <= steps.min() and steps.max() <= 0.1 * 1.001 and steps.max() > 2 * steps.min()

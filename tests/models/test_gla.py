@@ -1,5 +1,7 @@
 """Gated linear attention: where its decays start, its directions, its heads, what it refuses."""
 
+import math
+
 import pytest
 import torch
 
@@ -60,6 +62,10 @@ def test_the_state_passes_a_hole_unchanged():
     torch.testing.assert_close(gla(*streams(), mask)[:, mask[0]], gla(*kept), **EXACT)
 
 
+def test_heads_of_one_value_may_have_the_other_norm():
+    assert build("gla", PLACE, expand_v=0.125).out.in_features == 2
+
+
 @pytest.mark.parametrize(
     ("own", "message"),
     [
@@ -68,8 +74,16 @@ def test_the_state_passes_a_hole_unchanged():
         ({"kernel": "triton"}, "unknown kernel 'triton' for gla; choose from: auto, torch, fla"),
         ({"expand_k": 0.3}, "whole head widths of at least 1; got 2.4 and 8 for heads of 8"),
         ({"expand_v": 0}, "whole head widths of at least 1; got 4 and 0"),
-        ({"gate_rank": 0}, "gate_rank >= 1, whole, and tau > 0, got 0 and 16"),
+        ({"expand_k": math.inf}, "whole head widths of at least 1; got inf and 8"),
+        ({"expand_v": math.inf}, "whole head widths of at least 1; got 4 and inf"),
+        (
+            {"expand_v": 0.125, "head_norm": "layer"},
+            "gla with head_norm=layer would make heads of 1 value zero; use head_norm=rms or wider heads",
+        ),
+        ({"gate_rank": True}, "gate_rank >= 1, whole, and finite tau > 0, got True and 16"),
+        ({"gate_rank": 0}, "gate_rank >= 1, whole, and finite tau > 0, got 0 and 16"),
         ({"tau": 0.0}, "got 16 and 0"),
+        ({"tau": math.inf}, "got 16 and inf"),
     ],
 )
 def test_values_that_make_no_sense_are_refused(own, message):

@@ -44,12 +44,23 @@ def test_layers_share_one_matrix_of_floors():
     assert sum(p.shape == (4, 8) for p in stack.parameters()) == 1
 
 
-@pytest.mark.parametrize("recurrence", ["complex", "real"])
-@pytest.mark.parametrize("layer", [1, 3])
-def test_higher_layers_equal_the_reference(layer, recurrence):
-    mechanism = layers(recurrence=recurrence)[layer]
+@pytest.mark.parametrize(
+    ("layer", "recurrence", "directions"),
+    [
+        (1, "complex", "tied"),
+        (3, "real", "tied"),
+        (3, "complex", "untied"),
+        (1, "real", "untied"),
+        (2, "complex", "theta"),
+        (2, "complex", "forward"),
+    ],
+)
+def test_higher_layers_equal_the_reference(layer, recurrence, directions):
+    mechanism = layers(recurrence=recurrence, directions=directions)[layer]
     with torch.no_grad():
         mechanism.floors.copy_(x_of(4, 8))
+        if directions == "theta":
+            mechanism.theta_back.mul_(1.7)
     x, mask = x_of(2, 30, 8).requires_grad_(), torch.arange(30) < torch.tensor([30, 17])[:, None]
     leaves = [x, mechanism.floors]
     found, expected = mechanism(x, mask)[mask], reference(mechanism, x, mask)[mask]
@@ -70,6 +81,30 @@ def test_gates_stay_finite_where_sigmoids_and_shares_underflow():
         assert all(t.isfinite().all() for t in (log_decay, share, logit.grad))
         assert (log_decay <= 0).all() and (share >= 0).all()
     assert logits.grad.isfinite().all()
+
+
+def test_decays_near_one_keep_the_digits_by_which_they_differ_from_one():
+    logit, logits = x_of(200, 8) * 3, torch.tensor([[9.0] * 8, [0.0] * 8]).double()
+    log_decay, share = gates(logit, floor_of_layer(logits, 1))
+    assert share.max() < 1e-3
+    found, found_share = gates(logit.float(), floor_of_layer(logits.float(), 1))
+    torch.testing.assert_close(found.double(), log_decay, rtol=5e-6, atol=0)
+    torch.testing.assert_close(found_share.double(), share, rtol=5e-6, atol=0)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_gates_and_states_of_bf16_weights_are_float32(layer):
+    shared = {}
+    place = Place(d_model=8, num_heads=2, max_len=80, layer_index=layer, num_layers=2, shared=shared)
+    module = build("hgrn", place).bfloat16()
+    x = torch.randn(1, 5, 8).bfloat16()
+    floor = None if layer == 0 else floor_of_layer(module.floors.float(), 1)
+    log_decay, update = module.there(x, floor)
+    assert log_decay.dtype == update.dtype == torch.complex64
+    assert module(x).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        log_decay, _ = module.float().there(x.float(), floor)
+    assert log_decay.dtype == torch.complex64
 
 
 def test_no_layer_has_a_floor_without_lower_bound():

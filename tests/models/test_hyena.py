@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import Place, build
 from models.hyena import features, filters
@@ -30,15 +31,50 @@ def test_the_window_falls_to_a_hundredth_at_its_reach():
     torch.testing.assert_close(shifted, window + 0.5, rtol=0, atol=1e-7)
 
 
-def test_normalised_filters_keep_outputs_small_at_any_length():
+@torch.no_grad()
+def test_outputs_are_as_large_at_16384_tokens_as_at_256():
     sizes = {}
-    for max_len in (256, 4096):
+    for max_len in (256, 16_384):
         torch.manual_seed(0)
-        layer, x = build("hyena", Place(32, 2, max_len), normalise=True), torch.randn(1, max_len, 32)
+        layer, x = build("hyena", Place(64, 2, max_len)), torch.randn(1, max_len, 64)
         taps = layer.kernels(max_len)
         assert taps[..., 0].abs().sum(dim=-1).sub(1).abs().max() < 1e-5  # the window is 1 there
-        sizes[max_len] = layer(x).std().item()
-    assert sizes[4096] < 3 * sizes[256]
+        sizes[max_len] = layer(x).square().mean().sqrt().item()
+    assert 1 / 3 < sizes[16_384] / sizes[256] < 3
+    assert max(sizes.values()) < 2
+
+
+def test_a_network_of_zeros_gives_filters_of_zeros():
+    layer = build("hyena", PLACE)
+    layer.filter_weights[-1].data.zero_()
+    kernels = layer.kernels(41)
+    kernels.sum().backward()
+    assert not kernels.any()
+    assert all(weight.grad.isfinite().all() for weight in layer.filter_weights)
+
+
+class ProductDtypes(TorchDispatchMode):
+    """Notes what the operands of matrix products are."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
+            self.seen |= {x.dtype for x in args}
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["hyena", "tnn"])
+def test_kernels_are_made_by_products_in_double_precision_which_tf32_does_not_round(name):
+    layer = build(name, PLACE)
+    with ProductDtypes() as products, torch.autocast("cpu", torch.bfloat16):
+        kernels = layer.kernels(41)
+        kernels = kernels[0] if name == "tnn" else kernels
+        kernels.sum().backward()
+    assert products.seen == {torch.float64}
+    assert kernels.dtype == torch.float32
 
 
 def test_filters_do_not_depend_on_the_padded_length():
@@ -72,9 +108,12 @@ def test_forward_looks_back_alone():
     assert moved[20:].all()
 
 
-@pytest.mark.parametrize(("directions", "seen"), [("untied", [19, 20, 21]), ("forward", [20, 21, 22])])
-def test_the_short_convolution_is_centred_unless_causal(directions, seen):
-    layer = build("hyena", PLACE, directions=directions)
+@pytest.mark.parametrize(
+    ("directions", "kernel_size", "seen"),
+    [("untied", 3, [19, 20, 21]), ("forward", 3, [20, 21, 22]), ("forward", 4, [20, 21, 22, 23])],
+)
+def test_the_short_convolution_is_centred_unless_causal(directions, kernel_size, seen):
+    layer = build("hyena", PLACE, directions=directions, kernel_size=kernel_size)
     impulse = torch.zeros(1, 41, 24)
     impulse[:, 20] = 1
     moved = (layer.short(impulse) - layer.short_bias).abs().amax(dim=(0, 2)) > 1e-9
@@ -95,6 +134,14 @@ def test_the_filters_alone_have_tags():
     assert all(p.no_weight_decay and p.lr_scale == 0.5 for p in (*layer.filter_weights, layer.frequency))
 
 
+def test_parameters_start_as_those_of_torch_layers_and_the_skip_as_normal_numbers():
+    layer = build("hyena", Place(d_model=256, num_heads=2, max_len=64), d_filter=16, bands=4)
+    for weight, fan_in in zip(layer.filter_weights, (9, 16, 16, 16), strict=True):
+        assert 0.9 * fan_in**-0.5 < weight.abs().max() <= fan_in**-0.5
+    assert layer.short_weight.abs().max() <= 3**-0.5
+    assert layer.skip.std().item() == pytest.approx(1.0, rel=0.2)
+
+
 def test_order_sets_the_number_of_filters_and_streams():
     layer = build("hyena", PLACE, order=3)
     assert layer.kernels(5).shape == (2, 3, 8, 5)
@@ -106,8 +153,11 @@ def test_order_sets_the_number_of_filters_and_streams():
     ("own", "message"),
     [
         ({"order": 0}, "order=0, bands=16, d_filter=64, filter_layers=2"),
-        ({"kernel_size": 4}, "odd size, got kernel_size=4"),
-        ({"frequency": 0.0}, "frequency > 0, got 0.0"),
+        ({"kernel_size": 4}, "odd size unless directions=forward, got kernel_size=4"),
+        ({"kernel_size": 0, "directions": "forward"}, "kernel_size >= 1, got 0"),
+        ({"frequency": 0.0}, "frequency > 0 and a finite shift, got frequency=0.0, shift=0.0"),
+        ({"shift": math.nan}, "frequency > 0 and a finite shift, got frequency=14.0, shift=nan"),
+        ({"filter_lr_scale": math.nan}, "finite number >= 0, got lr_scale=nan"),
         ({"directions": "both"}, "unknown directions 'both' for hyena; choose from: tied, untied, forward"),
     ],
 )

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from models import Place, build
-from models.long_conv import squash
+from models.long_conv import initial, squash
 
 PLACE = Place(d_model=8, num_heads=2, max_len=40)
 
@@ -42,8 +42,15 @@ def test_geometric_weights_decay_faster_from_feature_to_feature():
     torch.testing.assert_close((first / last).log(), rates, rtol=0.1, atol=0.25)  # 256 draws an estimate
 
 
-def test_kernel_dropout_acts_on_taps_in_training_alone():
-    own = {"kernel_dropout": 0.5, "threshold": 0.0, "channels": 1, "directions": "forward", "output": "none"}
+def test_geometric_weights_start_ten_times_as_large_as_random_ones():
+    for kernel_init, std in (("geometric", 0.02), ("random", 0.002)):
+        first_tap = initial((2, 2, 1000, 8), kernel_init)[..., 0]
+        assert first_tap.std().item() == pytest.approx(std, rel=0.1)  # 4,000 draws
+
+
+def test_kernel_dropout_acts_on_squashed_taps_in_training_alone():
+    own = {"kernel_dropout": 0.5, "threshold": 0.001, "channels": 1, "directions": "forward"}
+    own["output"] = "none"
     layer = build("long_conv", PLACE, **own)
     layer.skip.data.zero_()
     impulse = torch.zeros(1, 40, 8)
@@ -53,9 +60,9 @@ def test_kernel_dropout_acts_on_taps_in_training_alone():
     layer.eval()(impulse)
     layer.train()(impulse)
     taps, dropped = shown[False][0].T, shown[True][0].T
-    torch.testing.assert_close(taps, layer.kernel[0, 0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(taps, squash(layer.kernel[0, 0], threshold=0.001), rtol=0, atol=1e-6)
     kept = dropped.abs() > 1e-6
-    assert 0.3 < kept.float().mean() < 0.7
+    assert 0.3 < kept.sum() / (taps.abs() > 1e-6).sum() < 0.7
     torch.testing.assert_close(dropped[kept], 2 * taps[kept], rtol=0, atol=1e-6)
 
 
@@ -66,6 +73,11 @@ def test_the_kernel_alone_has_a_learning_rate_of_its_own_and_no_weight_decay():
     assert layer.kernel.no_weight_decay
 
 
+def test_a_sequence_longer_than_the_kernel_is_refused():
+    with pytest.raises(ValueError, match="at most 40 positions and got 41"):
+        build("long_conv", PLACE)(torch.randn(1, 41, 8))
+
+
 @pytest.mark.parametrize(
     ("own", "message"),
     [
@@ -73,6 +85,9 @@ def test_the_kernel_alone_has_a_learning_rate_of_its_own_and_no_weight_decay():
         ({"threshold": -1.0}, "threshold >= 0, got -1.0"),
         ({"smoothing": 4}, "odd number of neighbours, got smoothing=4"),
         ({"kernel_dropout": 1.0}, "0 <= kernel_dropout < 1, got 1.0"),
+        ({"kernel_lr_scale": float("nan")}, "finite number >= 0, got lr_scale=nan"),
+        ({"kernel_lr_scale": float("inf")}, "finite number >= 0, got lr_scale=inf"),
+        ({"kernel_lr_scale": -0.1}, "finite number >= 0, got lr_scale=-0.1"),
         ({"kernel_init": "zero"}, "unknown kernel_init 'zero' for long_conv; choose from: random, geometric"),
         (
             {"directions": "both"},

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from models import Place, build
+from models.common import own_parameters
 from models.lru import ring
 
 PLACE = Place(d_model=8, num_heads=2, max_len=64)
@@ -56,6 +57,36 @@ def test_the_state_is_counted_in_real_numbers_of_both_directions():
     assert build("lru", PLACE, directions="forward").state_size(10) == 2 * 64
 
 
+def test_the_defaults_are_slow_states():
+    own = {n: p.default for n, p in own_parameters(type(build("lru", PLACE))).items()}
+    assert own == {
+        "d_state": 64,
+        "r_min": 0.9,
+        "r_max": 0.999,
+        "max_phase": 2 * math.pi,
+        "directions": "untied",
+        "output": "glu",
+        "ssm_lr_scale": 0.5,
+    }
+
+
+def test_outputs_of_both_directions_start_differently_and_skips_normal():
+    mechanism = build("lru", Place(d_model=200, num_heads=2, max_len=64))
+    assert (mechanism.c[0] != mechanism.c[1]).all()
+    assert abs(mechanism.skip.mean()) < 0.3 and 0.7 < mechanism.skip.var() < 1.4  # 200 numbers
+
+
+def test_slow_states_keep_float32_precision_over_16384_tokens():
+    mechanism = build("lru", Place(d_model=4, num_heads=2, max_len=16_384))
+    torch.nn.init.constant_(mechanism.nu, -10.0)
+    mechanism.output = torch.nn.Identity()
+    x = torch.randn(1, 16_384, 4)
+    with torch.no_grad():
+        found = mechanism(x)
+        exact = mechanism.double()(x.double())
+    assert (found - exact).abs().max() < 2e-6 * exact.abs().max()  # found 7e-7; of float32 angles: 4e-4
+
+
 @pytest.mark.parametrize(
     ("own", "message"),
     [
@@ -64,7 +95,7 @@ def test_the_state_is_counted_in_real_numbers_of_both_directions():
         ({"r_max": 1.1}, "r_max=1.1"),
         ({"max_phase": 0.0}, "needs 0 < max_phase <= 2 pi, got 0.0"),
         ({"directions": "both"}, "unknown directions 'both' for lru; choose from: tied, untied, forward"),
-        ({"output": "half_glu1"}, "unknown output 'half_glu1'; choose from: glu, linear, none"),
+        ({"output": "half_glu1"}, "unknown output 'half_glu1' for lru; choose from: glu, linear, none"),
     ],
 )
 def test_bad_arguments_are_refused_with_what_is_allowed(own, message):

@@ -1,5 +1,7 @@
 """Mamba: its start, what each direction sees, and the selective scan with its gradients."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -90,6 +92,34 @@ def test_it_starts_as_published():
     assert layer.dt_proj.shape == (2, 128, 4)  # rank: 64 / 16
 
 
+def test_the_rank_of_the_step_is_a_sixteenth_of_the_width_rounded_up():
+    assert [mamba(Place(width, 1, 8)).rank for width in (16, 17, 40, 64)] == [1, 2, 3, 4]
+
+
+def test_step_sizes_of_bf16_weights_are_taken_in_float32(monkeypatch):
+    """In bf16 a step near 0.1 is rounded by up to 0.4 %."""
+    given = []
+    monkeypatch.setattr(
+        file, "selective_scan", lambda x, B, C, dt, rate: given.append(dt) or torch.zeros_like(x)
+    )
+    layer, x = mamba(directions="forward", dt_min=0.05).float(), draw(2, 50, 16, dtype=torch.float32)
+    with torch.no_grad():
+        layer.dt_proj.zero_()  # steps are the bias alone
+        layer.dt_bias.copy_(layer.dt_bias.bfloat16())
+    layer(x)
+    layer.bfloat16()(x.bfloat16())
+    single, half = given
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, single, rtol=1e-6, atol=0)
+
+
+def test_it_cannot_be_differentiated_twice_and_says_so():
+    inputs = streams(3)
+    gradients = torch.autograd.grad(selective_scan(*inputs).square().sum(), inputs, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradients[0].sum().backward()
+
+
 def test_both_directions_draw_their_own_start():
     layer = mamba()
     assert not torch.equal(layer.conv_weight[0], layer.conv_weight[1])
@@ -150,7 +180,12 @@ def test_a_hole_keeps_the_state_and_is_a_zero_to_the_convolution():
         ({"directions": "both"}, "unknown directions 'both' for mamba"),
         ({"d_state": 0}, "d_state, expand and dt_rank >= 1, got 0, 2 and 1"),
         ({"dt_rank": -1}, "d_state, expand and dt_rank >= 1, got 16, 2 and -1"),
-        ({"dt_min": 0.2}, "0 < dt_min <= dt_max, got dt_min=0.2, dt_max=0.1"),
+        ({"d_state": 2.5}, "whole d_state, expand and dt_rank >= 1, got 2.5, 2 and 1"),
+        ({"expand": 1.5}, "whole d_state, expand and dt_rank >= 1, got 16, 1.5 and 1"),
+        ({"dt_rank": True}, "whole d_state, expand and dt_rank >= 1, got 16, 2 and True"),
+        ({"dt_min": 0.2}, "finite 0 < dt_min <= dt_max, got dt_min=0.2, dt_max=0.1"),
+        ({"dt_max": math.inf}, "finite 0 < dt_min <= dt_max, got dt_min=0.001, dt_max=inf"),
+        ({"ssm_lr_scale": -1}, "finite number >= 0, got lr_scale=-1"),
     ],
 )
 def test_bad_settings_are_refused(own, message):

@@ -1,5 +1,7 @@
 """Mamba-2: its start, its heads, what each direction sees, and its chunks."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -113,8 +115,13 @@ def test_the_gate_comes_before_the_norm():
     [
         ({"directions": "both"}, "unknown directions 'both' for mamba2"),
         ({"head_dim": 5}, "heads of head_dim=5; choose a divisor of 32"),
-        ({"d_state": 0}, "d_state and expand >= 1, got 0 and 2"),
-        ({"dt_min": 0.2}, "0 < dt_min <= dt_max, got dt_min=0.2, dt_max=0.1"),
+        ({"head_dim": 2.0}, "heads of head_dim=2.0; choose a divisor of 32"),
+        ({"d_state": 0}, "whole d_state and expand >= 1, got 0 and 2"),
+        ({"d_state": 2.5}, "whole d_state and expand >= 1, got 2.5 and 2"),
+        ({"expand": 1.5}, "whole d_state and expand >= 1, got 64 and 1.5"),
+        ({"dt_min": 0.2}, "finite 0 < dt_min <= dt_max, got dt_min=0.2, dt_max=0.1"),
+        ({"dt_max": math.inf}, "finite 0 < dt_min <= dt_max, got dt_min=0.001, dt_max=inf"),
+        ({"ssm_lr_scale": -1}, "finite number >= 0, got lr_scale=-1"),
         ({"eps": 0.0}, "eps > 0, got 0.0"),
         ({"kernel": "cuda"}, "unknown kernel 'cuda' for mamba2"),
     ],
@@ -135,7 +142,7 @@ def test_fla_gets_a_copy_of_keys_and_queries_for_each_head(monkeypatch):
 
     layer, x = mamba2(), draw(2, 70, 16)
     expected = layer(x)
-    monkeypatch.setattr(fla_kernels, "chosen", lambda *args: True)
+    monkeypatch.setattr(fla_kernels, "chosen", lambda *args, one_decay: one_decay)
     monkeypatch.setattr(fla_kernels, "decayed_attention", decayed_attention)
     torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-12)
 

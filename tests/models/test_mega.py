@@ -54,12 +54,13 @@ def test_what_is_kept_for_gradients_grows_with_the_length_and_not_its_square(own
     assert not build("mega", PLACE, **own).traits.quadratic_memory
 
 
-def test_attention_dropout_keeps_scores_and_says_so():
-    assert kept({"attn_dropout": 0.1}, 2048) > 3 * kept({"attn_dropout": 0.1}, 1024)
-    assert "quadratic_memory" in build("mega", PLACE, attn_dropout=0.1).traits.exceptions()
-    assert not build("mega", PLACE, attn_dropout=0.1, chunk=4).traits.quadratic_memory
-    fused = build("mega", PLACE, attn_dropout=0.1, position_bias="rotary")
-    assert not fused.traits.quadratic_memory
+@pytest.mark.parametrize("position_bias", ["simple", "rotary"])  # in rows, by torch's kernel
+def test_attention_dropout_keeps_scores_without_chunks_and_says_so(position_bias):
+    own = {"attn_dropout": 0.1, "position_bias": position_bias}
+    assert kept(own, 1024) > 3 * kept(own, 512)
+    assert "quadratic_memory" in build("mega", PLACE, **own).traits.exceptions()
+    assert kept(own | {"chunk": 128}, 1024) < 2.1 * kept(own | {"chunk": 128}, 512)
+    assert not build("mega", PLACE, **own, chunk=128).traits.quadratic_memory
 
 
 def test_tokens_attend_within_their_chunk():
@@ -156,6 +157,74 @@ def test_a_closed_update_gate_leaves_the_input_itself_also_where_the_norm_comes_
     x = torch.randn(2, 13, 16)
     out, carry = block(x, MASK, None)
     assert torch.equal(out, x) and carry is None
+
+
+DROPOUTS = ("dropout", "attn_dropout", "act_dropout")
+
+
+def output(name, own, training=False, seed=0):
+    """What a layer of fixed parameters makes of a fixed input, dropout drawn from `seed`."""
+    torch.manual_seed(1)
+    layer, x = build(name, PLACE, **own).train(training), torch.randn(2, 13, 16)
+    with torch.no_grad():  # larger than at the start, so that what attention gives shows in the output
+        layer.gated.value.weight.mul_(50)
+        layer.gated.out.weight.mul_(50)
+    torch.manual_seed(seed)
+    return layer(x, MASK, None)[0][MASK] if name == "mega" else layer(x, MASK)[MASK]
+
+
+@pytest.mark.parametrize("position_bias", ["simple", "rotary"])
+@pytest.mark.parametrize("name", ["mega", "mega_mixer"])
+def test_dropouts_change_training_each_by_itself_and_no_evaluation(name, position_bias):
+    own = {"position_bias": position_bias}
+    without = output(name, own)
+    for dropouts in (DROPOUTS, *((one,) for one in DROPOUTS)):
+        some = own | dict.fromkeys(dropouts, 0.3)
+        for seed in (0, 1):
+            assert torch.equal(output(name, some, seed=seed), without)
+        trained = [output(name, some, training=True, seed=seed) for seed in (0, 1)]
+        assert (trained[0] - trained[1]).abs().max() > 1e-3
+    assert torch.equal(output(name, own, training=True), without)
+
+
+def all_dropped(**own):
+    """A block that drops with probability 1 in training, its biases far from zero, and its inputs."""
+    block = build("mega", PLACE, norm="none", **own).train()
+    for bias in (block.gated.hidden.bias, block.gated.out.bias, block.ffn.down.bias):
+        bias.data.normal_()
+    return block, torch.randn(2, 13, 16)
+
+
+@pytest.mark.parametrize("prenorm", [True, False])
+def test_dropout_is_of_the_average_the_candidate_and_the_feed_forward(prenorm):
+    block, x = all_dropped(dropout=1.0, prenorm=prenorm)
+    update = block.gated.hidden.bias[:16].sigmoid()  # of an average that is zero
+    torch.testing.assert_close(block(x, MASK, None)[0], x - update * x, rtol=0, atol=1e-6)
+
+
+def test_act_dropout_is_of_the_values_and_of_the_hidden_feed_forward():
+    block, x = all_dropped(act_dropout=1.0)
+    candidate = block.gated.hidden(block.gated.average(x, None))[..., -16:] + block.gated.out.bias
+    torch.testing.assert_close(block.gated(x, None)[1], torch.nn.functional.silu(candidate))
+    torch.testing.assert_close(block.ffn(x), block.ffn.down.bias.expand_as(x))
+
+
+@pytest.mark.parametrize("prenorm", [True, False])
+def test_statistics_of_a_batch_norm_leave_padding_out(prenorm):
+    block, x = build("mega", PLACE, norm="batch", prenorm=prenorm).train(), torch.randn(2, 13, 16)
+    poisoned = torch.where(MASK[..., None], x, 1e4)
+    out, other = (block(inputs, MASK, None)[0][MASK] for inputs in (x, poisoned))
+    torch.testing.assert_close(other, out, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mega", "mega_mixer"])
+def test_a_sequence_longer_than_the_table_of_biases_is_refused(name):
+    x = torch.randn(1, 21, 16)
+    arguments = (x, None, None) if name == "mega" else (x, None)
+    with pytest.raises(ValueError, match="biases for at most 20 positions and got 21"):
+        build(name, PLACE)(*arguments)
+    for own in ({"chunk": 8}, {"position_bias": "rotary"}):
+        build(name, PLACE, **own)(*arguments)
 
 
 def test_weights_are_of_one_length_only_with_a_table_and_no_chunks():

@@ -1,5 +1,7 @@
 """RetNet: its rates, rotation and initialisation, its directions, what it refuses."""
 
+import math
+
 import pytest
 import torch
 
@@ -49,15 +51,10 @@ def test_a_hole_stays_as_wide_as_it_is():
 
 
 def test_projections_start_as_released():
-    layer = build("retnet", Place(d_model=64, num_heads=2, max_len=80))
-    q, k, v = layer.there.weight.split(layer.widths)
-    for weight, gain in (
-        (q, 2**-2.5),
-        (k, 2**-2.5),
-        (v, 2**-2.5),
-        (layer.gate.weight, 2**-2.5),
-        (layer.out.weight, 1),
-    ):
+    layer = build("retnet", Place(d_model=64, num_heads=2, max_len=80), directions="untied")
+    inputs = [*layer.there.weight.split(layer.widths), *layer.back.weight.split(layer.widths)]
+    assert not torch.equal(layer.there.weight, layer.back.weight)
+    for weight, gain in [(x, 2**-2.5) for x in (*inputs, layer.gate.weight)] + [(layer.out.weight, 1)]:
         limit = gain * (6 / sum(weight.shape)) ** 0.5
         assert 0.98 * limit < weight.abs().max() <= limit
 
@@ -66,11 +63,23 @@ def test_values_are_twice_as_wide_unless_asked_otherwise():
     assert build("retnet", PLACE).out.in_features == 32
     one = build("retnet", PLACE, expand_v=1.0)
     assert one.out.in_features == 16 and one.state_size(9) == 2 * 2 * 8 * 8
+    assert build("retnet", PLACE, directions="forward").state_size(9) == 2 * 8 * 16
 
 
 def test_forward_sees_no_later_token():
     layer, x = build("retnet", PLACE, directions="forward").double(), x_of(1, 70, 16)
     torch.testing.assert_close(layer(x[:, :41]), layer(x)[:, :41], **EXACT)
+
+
+@pytest.mark.parametrize("directions", ["tied", "forward"])
+def test_slow_heads_in_bf16_equal_float64_on_the_same_rounded_inputs(directions):
+    """Head 7 forgets a 4,096th a token: rates, their sums or states in bf16 would be far off."""
+    q, k, v = torch.randn(3, 1, 600, 8, 4).bfloat16()
+    found = retention(q, k, v, log_gammas(8), directions=directions)
+    expected = retention(*(x.double() for x in (q, k, v)), log_gammas(8), directions=directions)
+    assert found.dtype == torch.bfloat16
+    error = (found.double() - expected)[:, :, 7].square().mean() / expected[:, :, 7].square().mean()
+    assert error.sqrt() < 5e-3  # the rounding of the result
 
 
 def test_untied_projections_of_the_way_back_reach_earlier_tokens_alone():
@@ -90,6 +99,8 @@ def test_untied_projections_of_the_way_back_reach_earlier_tokens_alone():
         ({"head_norm": "batch"}, "unknown head_norm 'batch' for retnet; choose from: rms, layer"),
         ({"kernel": "triton"}, "unknown kernel 'triton' for retnet; choose from: auto, torch, fla"),
         ({"expand_v": 0.3}, "a whole head width of at least 1; got 2.4 for heads of 8"),
+        ({"expand_v": math.inf}, "a whole head width of at least 1; got inf for heads of 8"),
+        ({"expand_v": 0.125}, "retnet with head_norm=layer would make heads of 1 value zero"),
     ],
 )
 def test_values_that_make_no_sense_are_refused(own, message):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from models import Place, build
+from models.common import own_parameters
 from models.fft_conv import fast_size
 from models.s4 import after, transition
 from models.ssm import hippo_legs
@@ -106,6 +107,70 @@ def test_one_kernel_for_both_directions_commutes_with_reversal_and_two_do_not():
         mechanism = build("s4", PLACE, d_state=4, directions=directions).double()
         difference = (mechanism(x.flip(1)).flip(1) - mechanism(x)).abs().max()
         assert (difference < 1e-12) == commutes
+
+
+def test_the_defaults_are_those_of_the_paper():
+    """state-spaces/s4: d_state 64, steps of 1e-3 to 0.1, A, B and step at 1e-3 beside 1e-2."""
+    own = {n: p.default for n, p in own_parameters(type(build("s4", PLACE))).items()}
+    assert own == {
+        "d_state": 64,
+        "n_ssm": 1,
+        "directions": "untied",
+        "dt_min": 1e-3,
+        "dt_max": 0.1,
+        "output": "glu",
+        "ssm_lr_scale": 0.1,
+        "dt_lr_scale": None,
+    }
+
+
+def test_outputs_and_skips_start_normal_and_of_both_directions_differently():
+    mechanism = build("s4", Place(d_model=200, num_heads=2, max_len=8))
+    assert mechanism.c.shape == (2, 200, 32, 2)
+    assert abs(mechanism.c.mean()) < 0.02 and abs(mechanism.skip.mean()) < 0.3
+    assert 0.48 < mechanism.c.var() < 0.52  # real and imaginary parts of variance 1 / 2: 25,600 numbers
+    assert 0.7 < mechanism.skip.var() < 1.4  # 200 numbers
+    assert (mechanism.c[0] != mechanism.c[1]).all()
+
+
+@pytest.mark.parametrize(("directions", "ways"), [("forward", 1), ("tied", 2), ("untied", 2)])
+def test_the_state_is_counted_in_real_numbers_of_each_direction(directions, ways):
+    mechanism = build("s4", PLACE, d_state=6, directions=directions)
+    assert mechanism.state_size(10) == mechanism.state_size(1000) == ways * 6 * 4
+
+
+def test_the_step_may_learn_at_another_rate():
+    mechanism = build("s4", PLACE, ssm_lr_scale=0.25, dt_lr_scale=1.0)
+    assert mechanism.log_step.lr_scale == 1.0 and mechanism.log_step.no_weight_decay
+    assert mechanism.log_decay.lr_scale == mechanism.b.lr_scale == 0.25
+    assert build("s4", PLACE, ssm_lr_scale=0.25, dt_lr_scale=0.0).log_step.lr_scale == 0.0
+
+
+def test_steps_start_in_their_range():
+    step = build("s4", Place(d_model=500, num_heads=1, max_len=8), dt_min=1e-3, dt_max=1e-2).log_step.exp()
+    assert 1e-3 <= step.min() < 1.1e-3 and 0.9e-2 < step.max() <= 1.001e-2
+    assert abs(step.log().median().exp() - math.sqrt(1e-5)) < 5e-4  # even in the logarithm
+
+
+def test_powers_of_slow_states_are_taken_in_float64():
+    a = torch.complex(torch.full((2, 4), -1e-3), torch.arange(1.0, 9.0).view(2, 4))
+    p, c = torch.full((2, 4), 0.01 + 0j), torch.ones(1, 2, 4, dtype=torch.complex64)
+    step, double = torch.tensor([0.1, 0.01]), torch.complex128
+    exact = after(transition(a.to(double), p.to(double), step.double()), c.to(double), 16_384)
+    found = after(transition(a, p, step), c, 16_384)
+    assert exact.abs().max() > 0.1  # not forgotten
+    assert (found - exact).abs().max() < 4e-7 * exact.abs().max()  # rounded once
+
+
+@pytest.mark.parametrize("log_step", [-50.0, -20.0, 5.0])
+def test_steps_of_any_size_have_finite_kernels_and_gradients(log_step):
+    mechanism = build("s4", PLACE)
+    torch.nn.init.constant_(mechanism.log_step, log_step)
+    kernels = mechanism.kernels(300)
+    wide = copy.deepcopy(mechanism).double().kernels(300)
+    assert (kernels - wide).abs().max() < 1e-5 * wide.abs().max() + 1e-7
+    kernels.square().sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in mechanism.parameters())
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from models import Place, build
+from models.common import own_parameters
 from models.s4d import s4d_kernel
 
 PLACE = Place(d_model=4, num_heads=2, max_len=64)
@@ -96,6 +97,82 @@ def test_forward_looks_at_the_past_alone():
     torch.testing.assert_close(mechanism(later)[:, :11], mechanism(x)[:, :11], rtol=0, atol=1e-12)
 
 
+def test_the_defaults_are_those_of_the_paper():
+    """state-spaces/s4: d_state 64, steps of 1e-3 to 0.1, A, B and step at 1e-3 beside 1e-2."""
+    own = {n: p.default for n, p in own_parameters(type(build("s4d", PLACE))).items()}
+    assert own == {
+        "d_state": 64,
+        "state_init": "lin",
+        "discretisation": "zoh",
+        "directions": "untied",
+        "dt_min": 1e-3,
+        "dt_max": 0.1,
+        "output": "glu",
+        "ssm_lr_scale": 0.1,
+        "dt_lr_scale": None,
+    }
+
+
+def test_outputs_and_skips_start_normal_and_of_both_directions_differently():
+    mechanism = build("s4d", Place(d_model=200, num_heads=2, max_len=8))
+    assert mechanism.c.shape == (2, 200, 32, 2)
+    assert abs(mechanism.c.mean()) < 0.02 and abs(mechanism.skip.mean()) < 0.3
+    assert 0.48 < mechanism.c.var() < 0.52  # real and imaginary parts of variance 1 / 2: 25,600 numbers
+    assert 0.7 < mechanism.skip.var() < 1.4  # 200 numbers
+    assert (mechanism.c[0] != mechanism.c[1]).all()
+
+
+@pytest.mark.parametrize(("directions", "ways"), [("forward", 1), ("tied", 2), ("untied", 2)])
+def test_the_state_is_counted_in_real_numbers_of_each_direction(directions, ways):
+    mechanism = build("s4d", PLACE, d_state=6, directions=directions)
+    assert mechanism.state_size(10) == mechanism.state_size(1000) == ways * 6 * 4
+
+
+def test_the_step_may_learn_at_another_rate():
+    mechanism = build("s4d", PLACE, ssm_lr_scale=0.25, dt_lr_scale=1.0)
+    assert mechanism.log_step.lr_scale == 1.0 and mechanism.log_step.no_weight_decay
+    assert mechanism.log_decay.lr_scale == mechanism.b.lr_scale == 0.25
+    assert build("s4d", PLACE, ssm_lr_scale=0.25, dt_lr_scale=0.0).log_step.lr_scale == 0.0
+
+
+@pytest.mark.parametrize("discretisation", ["zoh", "bilinear"])
+def test_slow_states_keep_float32_precision_over_16384_taps(discretisation):
+    mechanism = build("s4d", PLACE, discretisation=discretisation)
+    torch.nn.init.constant_(mechanism.log_decay, -7.0)
+    wide = copy.deepcopy(mechanism).double().kernels(16_384)
+    error = (mechanism.kernels(16_384) - wide).abs().max() / wide.abs().max()
+    assert error < 1e-6  # found 3e-7; of float32 steps or angles: 2e-4
+
+
+@pytest.mark.parametrize(
+    ("a", "discretisation", "taps"),
+    [
+        (0.0, "zoh", [4.0, 4.0, 4.0]),  # 2 step, and nothing is forgotten
+        (-1.0, "bilinear", [2.0, 0.0, 0.0]),  # step A = -2: 2 step / 2, and everything is forgotten
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_kernels_and_gradients_are_finite_where_a_formula_divides_by_zero(a, discretisation, taps, dtype):
+    a = torch.full((1, 1), a, dtype=dtype, requires_grad=True)
+    one, step = torch.ones(1, 1, dtype=dtype), torch.tensor([2.0])
+    kernel = s4d_kernel(a, step, one, one[None], 3, discretisation=discretisation)[0, 0]
+    torch.testing.assert_close(kernel, torch.tensor(taps).to(kernel.dtype), rtol=0, atol=1e-6)
+    (found,) = torch.autograd.grad(kernel[:2].sum(), a)
+    beside = a.detach() + 1e-4  # real, so that the derivative is that along the real axis
+    ahead, behind = (
+        s4d_kernel(
+            x.to(torch.complex128),
+            step,
+            one.to(torch.complex128),
+            one[None].to(torch.complex128),
+            3,
+            discretisation=discretisation,
+        )[0, 0, :2].sum()
+        for x in (beside, a.detach() - 1e-4)
+    )
+    torch.testing.assert_close(found.real.item(), ((ahead - behind) / 2e-4).item(), rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("own", "message"),
     [
@@ -106,7 +183,7 @@ def test_forward_looks_at_the_past_alone():
         ({"state_init": "hippo"}, "unknown state_init 'hippo' for s4d; choose from: lin, inv, legs"),
         ({"discretisation": "euler"}, "unknown discretisation 'euler' for s4d; choose from: zoh, bilinear"),
         ({"directions": "back"}, "unknown directions 'back' for s4d; choose from: tied, untied, forward"),
-        ({"output": "mlp"}, "unknown output 'mlp'"),
+        ({"output": "mlp"}, "unknown output 'mlp' for s4d"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from models import Place, build
+from models.common import own_parameters
 from models.s5 import hippo_normal
 
 PLACE = Place(d_model=8, num_heads=2, max_len=64)
@@ -90,6 +91,74 @@ def test_forward_looks_at_the_past_alone():
 def test_the_state_is_counted_in_real_numbers_of_both_directions():
     assert build("s5", PLACE).state_size(1000) == 2 * 64
     assert build("s5", PLACE, directions="forward").state_size(10) == 64
+
+
+def test_the_defaults_are_those_of_the_released_code():
+    own = {n: p.default for n, p in own_parameters(type(build("s5", PLACE))).items()}
+    assert own == {
+        "d_state": 64,
+        "num_blocks": 8,
+        "init_c": "truncated",
+        "clip_eigs": True,
+        "directions": "untied",
+        "dt_min": 1e-3,
+        "dt_max": 0.1,
+        "output": "half_glu1",
+        "ssm_lr_scale": 0.25,
+        "dt_lr_scale": None,
+    }
+
+
+def test_inputs_start_with_the_number_of_states_as_their_fan_in():
+    b = build("s5", Place(d_model=256, num_heads=2, max_len=64), d_state=16, num_blocks=2).b
+    assert b.shape == (8, 256, 2)
+    assert 0.9 < 2 * b.square().mean() * 16 < 1.1  # unitary: real entries of variance 1 / 16; 4,096 numbers
+
+
+@pytest.mark.parametrize("init_c", ["truncated", "lecun", "complex"])
+def test_outputs_of_both_directions_start_differently_and_skips_normal(init_c):
+    mechanism = build("s5", Place(d_model=200, num_heads=2, max_len=64), init_c=init_c)
+    assert (mechanism.c[0] != mechanism.c[1]).all()
+    assert abs(mechanism.skip.mean()) < 0.3 and 0.7 < mechanism.skip.var() < 1.4  # 200 numbers
+
+
+def test_the_step_may_learn_at_another_rate():
+    mechanism = build("s5", PLACE, ssm_lr_scale=0.3, dt_lr_scale=1.0)
+    assert mechanism.log_step.lr_scale == 1.0 and mechanism.log_step.no_weight_decay
+    assert mechanism.a_real.lr_scale == mechanism.b.lr_scale == 0.3
+    assert build("s5", PLACE, ssm_lr_scale=0.3, dt_lr_scale=0.0).log_step.lr_scale == 0.0
+
+
+def test_slow_poles_keep_float32_precision_over_16384_tokens():
+    mechanism = build("s5", Place(d_model=4, num_heads=2, max_len=16_384))
+    torch.nn.init.constant_(mechanism.a_real, -1e-3)
+    mechanism.output = torch.nn.Identity()
+    x = torch.randn(1, 16_384, 4)
+    with torch.no_grad():
+        found = mechanism(x)
+        exact = mechanism.double()(x.double())
+    assert (found - exact).abs().max() < 1.2e-6 * exact.abs().max()  # found 4e-7; of float32 poles: 1e-4
+
+
+def test_a_pole_at_zero_sums_its_inputs():
+    mechanism = build("s5", PLACE, d_state=2, num_blocks=1, clip_eigs=False, directions="forward", dt_min=0.1)
+    for pole in (mechanism.a_real, mechanism.a_imag):
+        torch.nn.init.zeros_(pole)
+    y, x = [], torch.randn(1, 20, 8)
+    mechanism.output.register_forward_pre_hook(lambda module, given: y.append(given[0]))
+    mechanism(x).sum().backward()
+    b, c = (torch.view_as_complex(part.detach()) for part in (mechanism.b, mechanism.c))
+    sums = (x.to(b.dtype) @ b.mT).cumsum(1) * 0.1
+    torch.testing.assert_close(
+        y[0].detach(), 2 * (sums @ c[0]).real + mechanism.skip * x, rtol=1e-4, atol=1e-5
+    )
+    assert all(p.grad.isfinite().all() for p in mechanism.parameters())
+
+
+@pytest.mark.parametrize("output", ["half_glu1", "half_glu2", "glu", "linear"])
+def test_all_outputs_are_in_the_dtype_of_autocast(output):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert build("s5", PLACE, output=output)(torch.randn(1, 40, 8)).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(

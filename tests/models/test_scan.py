@@ -1,12 +1,13 @@
 """The recurrences that mechanisms share equal a loop over positions, in values and gradients."""
 
+import numpy
 import pytest
 import torch
 
 from models.directions import both_directions, short_conv
 from models.fft_conv import fast_size, fft_conv
 from models.scan import decayed_attention, matrix_scan, scan
-from models.ssm import exponential_kernel
+from models.ssm import exponential_kernel, held_input
 
 
 def draw(*shape, seed=0, dtype=torch.float64):
@@ -86,6 +87,30 @@ def test_decays_that_underflow_give_finite_gradients_in_single_precision(width):
     assert all(leaf.grad.isfinite().all() for leaf in leaves)
 
 
+@pytest.mark.parametrize("width", [1, 4])
+def test_autocast_leaves_products_of_decayed_attention_in_float32(width):
+    q, k, v = draw(3, 2, 150, 3, 4, dtype=torch.float32)
+    leaves = [q, k, v, -draw(2, 150, 3, width, seed=1, dtype=torch.float32).abs()]
+    leaves = [x.clone().requires_grad_() for x in leaves]
+    expected = decayed_attention(*(x.double() for x in leaves))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = decayed_attention(*leaves)
+        assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    weight = draw(2, 150, 3, 4, seed=9)
+    pairs = [torch.autograd.grad((out * weight).sum(), leaves) for out in (found, expected)]
+    for one, other in zip(*pairs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_retention_like_decays_may_be_shared_by_the_batch():
+    q, k, v = draw(3, 2, 150, 3, 4)
+    log_decay = -draw(1, 150, 3, 1, seed=1).abs()
+    leaves = [x.clone().requires_grad_() for x in (q, k, v, log_decay)]
+    whole = leaves[3].expand(2, 150, 3, 4)
+    same_with_gradients(decayed_attention(*leaves), attention_loop(*leaves[:3], whole), *leaves)
+
+
 @pytest.mark.parametrize("length", [1, 2, 5, 31, 64])
 @pytest.mark.parametrize(("taps", "taps_back"), [(1, None), (3, None), (200, None), (5, 200), (200, 1)])
 def test_the_fft_convolution_equals_the_explicit_sum_and_never_wraps(length, taps, taps_back):
@@ -103,11 +128,17 @@ def test_the_fft_convolution_equals_the_explicit_sum_and_never_wraps(length, tap
     same_with_gradients(fft_conv(x, kernel, back), expected, *leaves)
 
 
-def test_a_long_convolution_in_parts_is_the_same(monkeypatch):
-    x, kernel = draw(2, 40, 7), draw(7, 40, seed=1)
-    whole = fft_conv(x, kernel)
-    monkeypatch.setattr("models.fft_conv.PART", 300)
-    torch.testing.assert_close(fft_conv(x, kernel), whole, rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize("part", [500, 1])  # of 160 numbers a channel: groups of three channels, of one
+def test_a_long_convolution_in_parts_is_the_same(monkeypatch, part):
+    leaves = [draw(2, 40, 7), draw(7, 40, seed=1), draw(7, 39, seed=2)]  # x, kernel, back
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    whole = fft_conv(*leaves)
+    gradients = torch.autograd.grad(whole.pow(3).sum(), leaves)
+    monkeypatch.setattr("models.fft_conv.PART", part)
+    found = fft_conv(*leaves)
+    torch.testing.assert_close(found, whole, rtol=1e-12, atol=1e-12)
+    for one, other in zip(torch.autograd.grad(found.pow(3).sum(), leaves), gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-9)
 
 
 def test_fast_sizes_are_even_and_hardly_larger_than_asked_for():
@@ -130,6 +161,18 @@ def test_a_padded_row_is_reversed_among_its_real_tokens_alone():
         torch.testing.assert_close(there[row : row + 1, :length], one_way(alone, decay))
         flipped = one_way(alone.flip(1), decay.flip(1)).flip(1)
         torch.testing.assert_close(back[row : row + 1, :length], flipped)
+
+
+def test_streams_of_the_way_back_are_zeroed_at_padding_too():
+    x, decay, other = draw(2, 6, 4), -draw(2, 6, 4, seed=1).abs(), -draw(2, 6, 4, seed=2).abs()
+    mask = torch.arange(6) < torch.tensor([6, 3])[:, None]
+    poisoned = [torch.where(mask[..., None], part, 1e4) for part in (x, other)]
+    for back in (None, one_way):
+        clean = both_directions(one_way, (x, decay), mask, back=back, back_streams=(x, other))
+        found = both_directions(one_way, (x, decay), mask, back=back, back_streams=poisoned)
+        torch.testing.assert_close(found[1][mask], clean[1][mask], rtol=0, atol=0)
+        alone = one_way(x[1:, :3].flip(1), other[1:, :3].flip(1)).flip(1)
+        torch.testing.assert_close(found[1][1:, :3], alone)
 
 
 def test_each_direction_may_have_its_own_recurrence_and_streams():
@@ -167,3 +210,27 @@ def test_an_exponential_kernel_equals_its_sum(length, dtype):
     steps = torch.arange(length, dtype=torch.float64)
     expected = (weights[..., None] * (log_factors[..., None] * steps).exp()).sum(1).real
     same_with_gradients(exponential_kernel(weights, log_factors, length), expected, weights, log_factors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+@pytest.mark.parametrize("wide", [False, True])
+def test_the_angles_of_an_exponential_kernel_are_taken_in_float64(dtype, wide):
+    """Log factors may be wider than the weights, and real or complex by themselves."""
+    weights, log_factors = draw(3, 4, dtype=dtype), -3 * draw(3, 4, seed=1, dtype=dtype).abs()
+    log_factors = (
+        torch.complex(0 * log_factors - 1e-4, log_factors) if dtype.is_complex else 1e-4 * log_factors
+    )
+    exact = exponential_kernel(weights + 0 * draw(1), log_factors + 0 * draw(1), 16_384)
+    assert exact.dtype == torch.float64
+    found = exponential_kernel(weights, log_factors + 0 * draw(1) if wide else log_factors, 16_384)
+    assert found.dtype == torch.float32
+    assert (found - exact).abs().max() < 4e-7 * exact.abs().max()  # found 1e-7; angles in float32: 2e-4
+
+
+def test_a_held_input_has_its_limit_at_zero_and_no_seam():
+    z = torch.tensor([0, 1e-12, 1e-5j, -0.00999, 0.00999j, -0.01001, 0.01001j, 0.5 + 3j, -40])
+    z = z.to(torch.complex128).requires_grad_()
+    nodes, weights = numpy.polynomial.legendre.leggauss(60)  # the integral of exp(z s) over s from 0 to 1
+    s, weights = torch.tensor(nodes / 2 + 0.5), torch.tensor(weights / 2)
+    expected = ((z[:, None] * s).exp() * weights).sum(-1)
+    same_with_gradients(held_input(z), expected, z)

@@ -34,6 +34,16 @@ def test_the_pieces_reach_max_len(own):
     assert kernel_of(layer, 100).shape == (2, 8, 100)
 
 
+@pytest.mark.parametrize(("own", "scales"), [({}, 5), ({"finest": 2}, 3), ({"finest": 9}, 1)])
+def test_coarser_pieces_are_fewer(own, scales):
+    assert build("sgconv", PLACE, kernel_dim=8, **own).pieces.shape == (scales, 2, 8, 8)
+
+
+def test_a_sequence_longer_than_max_len_is_refused():
+    with pytest.raises(ValueError, match="at most 100 positions and got 101"):
+        build("sgconv", PLACE)(torch.randn(1, 101, 8))
+
+
 def test_a_short_kernel_is_the_beginning_of_the_whole():
     layer = build("sgconv", PLACE, kernel_dim=4, power=1.0)
     whole = kernel_of(layer, 100)
@@ -73,6 +83,13 @@ def test_cosines_have_whole_periods_in_an_order_of_their_own():
     torch.testing.assert_close(layer.pieces[..., 0], layer.pieces[..., -1], rtol=0, atol=1e-5)
     turns = (layer.pieces[:, 0] * layer.pieces[:, 0].roll(1, -1) < 0).sum(dim=-1).sort(dim=-1).values
     assert torch.equal(turns, torch.tensor([0, 2, 4, 6]).expand(len(turns), -1))
+    wide = build("sgconv", Place(d_model=32, num_heads=1, max_len=64), kernel_dim=16, kernel_init="cos")
+    assert not torch.equal(wide.pieces[0], wide.pieces[1])
+
+
+def test_the_skip_starts_as_standard_normal_numbers():
+    skip = build("sgconv", Place(d_model=256, num_heads=2, max_len=64)).skip
+    assert skip.std().item() == pytest.approx(1.0, rel=0.2)
 
 
 def test_the_pieces_alone_have_a_learning_rate_of_their_own():
@@ -88,6 +105,8 @@ def test_the_pieces_alone_have_a_learning_rate_of_their_own():
         ({"kernel_dim": 0}, "kernel_dim >= 1, got 0"),
         ({"decay_min": 3.0}, "0 < decay_min <= decay_max, got decay_min=3.0, decay_max=2.0"),
         ({"finest": -1}, "finest >= 0 and power >= 0, got finest=-1, power=0.0"),
+        ({"kernel_lr_scale": float("nan")}, "finite number >= 0, got lr_scale=nan"),
+        ({"kernel_lr_scale": -1.0}, "finite number >= 0, got lr_scale=-1.0"),
         ({"kernel_init": "sin"}, "unknown kernel_init 'sin' for sgconv; choose from: randn, cos"),
         ({"directions": "two"}, "unknown directions 'two' for sgconv; choose from: tied, untied, forward"),
     ],

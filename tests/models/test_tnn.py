@@ -18,7 +18,7 @@ def test_the_norm_leaves_a_root_mean_square_of_one_and_zero_alone():
 def test_a_network_of_one_map_by_hand():
     weights = [torch.tensor([[1.0], [0.0]]).double(), torch.tensor([[2.0, 3.0]]).double()]
     biases = [torch.zeros(2).double(), torch.ones(1).double()]
-    found = coefficients(torch.tensor([2, 0, -1]), weights, biases, torch.tensor([0.5]).double())
+    found = coefficients(torch.tensor([2, 0, -1]), weights, biases, torch.tensor([0.5]).double().log())
     expected = [(1 + 2 * 2**0.5) / 4, 1.0, 0.5]  # ReLU leaves no negative offset; zero has no norm
     torch.testing.assert_close(found, torch.tensor([expected]).double(), rtol=0, atol=1e-7)
 
@@ -34,10 +34,11 @@ def test_the_decay_is_a_power_of_the_distance():
 
 
 def test_learned_decays_start_between_gamma_and_one_and_move():
-    layer = build("tnn", PLACE, gamma=0.9, learned_decay=True)
-    assert layer.decay.shape == (8,)
-    assert (layer.decays() > 0.9).all()
-    assert (layer.decays() < 1).all()
+    layer = build("tnn", PLACE, gamma=0.9, learned_decay=True, expand=32)
+    assert layer.decay.shape == (256,)
+    assert layer.decay.std().item() == pytest.approx(1.0, rel=0.2)
+    decays = layer.log_decays().exp()
+    torch.testing.assert_close(decays, 0.9 + 0.1 * layer.decay.double().sigmoid(), rtol=0, atol=1e-12)
     layer(torch.randn(1, 30, 8)).square().sum().backward()
     assert layer.decay.grad.abs().min() > 0
 
@@ -48,11 +49,13 @@ def test_past_and_future_differ_without_a_second_network():
     assert build("tnn", PLACE, directions="forward").kernels(30)[1] is None
 
 
-def test_entries_keep_float32_precision_at_far_offsets():
-    layer = build("tnn", PLACE)
-    found = layer.kernels(16_384)[0].detach()
-    expected = layer.double().kernels(16_384)[0].detach()
-    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+@torch.no_grad()
+@pytest.mark.parametrize("own", [{}, {"learned_decay": True}, {"gamma": 1.0}], ids=str)
+def test_each_entry_has_float32_precision_at_far_offsets(own):
+    layer = build("tnn", PLACE, **own)
+    found = layer.kernels(16_384)[0]
+    expected = layer.double().kernels(16_384)[0]
+    torch.testing.assert_close(found.double(), expected, rtol=2e-7, atol=1e-30)
 
 
 def test_entries_do_not_depend_on_the_length():

@@ -94,7 +94,7 @@ def against_torch():
     v, u, gamma = draw(2, 37, 3), draw(2, 37, 3, seed=1), torch.tensor([0.9], dtype=torch.float64)
     expected = u * torch.einsum("ijd,bjd->bid", matrix, v)
     weights, biases = [layer.weight for layer in linear], [layer.bias for layer in linear]
-    past, future = coefficients(torch.stack([at, -1 - at]), weights, biases, gamma)
+    past, future = coefficients(torch.stack([at, -1 - at]), weights, biases, gamma.log())
     return distance(expected, gated_toeplitz(v, past, future, u))
 
 

@@ -1,0 +1,41 @@
+"""A record says whose kernels ran a recurrence, and counts no operations that it could not see."""
+
+import logging
+
+import pytest
+
+from lra import environment, records, run
+from lra.config import compose
+from models import fla_kernels, scan
+
+
+@pytest.fixture
+def fla(monkeypatch):
+    """fla-core as if it ran on the CPU."""
+
+    def decayed_attention(q, k, v, log_decay, *, scale=1.0):
+        return scan.decayed_attention(q * scale, k, v, log_decay)
+
+    monkeypatch.setattr(fla_kernels, "unavailable", lambda device: "")
+    monkeypatch.setattr(fla_kernels, "decayed_attention", decayed_attention)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_record_says_that_fla_ran(tiny, fla, caplog, precision):
+    caplog.set_level(logging.INFO, "lra")
+    ran = precision == "bf16"
+    for _ in range(1 + ran):  # the second run of a process says it too
+        config = compose(tiny("model=gla", f"train.precision={precision}", "train.num_steps=2"))
+        record = run.execute(config, force=True)
+    assert record.status == "ok"
+    assert record.extra.get("recurrence_kernel") == (fla_kernels.package() if ran else None)
+    assert (record.flops_per_step is None) == ran
+    log = (records.runs_root() / record.run_id / "log.txt").read_text()
+    said = f"recurrences on cpu: {'the kernels of fla-core' if ran else 'torch, because it needs bfloat16'}"
+    assert log.count(said) > ran
+
+
+def test_versions_name_the_optional_kernels_where_they_are_installed(monkeypatch):
+    monkeypatch.setattr(environment.metadata, "version", lambda package: f"{package} 1")
+    found = environment.versions.__wrapped__()
+    assert found["triton"] == "triton 1" and found["fla-core"] == "fla-core 1"
