@@ -18,8 +18,8 @@ Padding  W x and beta are zero there: the state stays, the convolution reads zer
 Differs  two directions (paper: causal); biases as the place says, zero at first (paper: none); maps W start
          as torch starts them (authors: normal, 0.02, made for a width of 2048: at 64 to 128 the output would
          start at a fifth to a third of this); l1 is eps plus the sum of absolute values (code: the sum, of
-         positive features); neg_eigval=True doubles beta (Grazzi et al., arXiv 2411.12537); conv and f in the dtype of
-         W x; kernel=fla, or auto on a GPU in half precision, runs the authors' kernels
+         positive features); neg_eigval=True doubles beta (Grazzi et al., arXiv 2411.12537); conv and f in the
+         dtype of W x; kernel=fla, or auto on a GPU in half precision, runs the authors' kernels
 """
 # b batch, l length, h heads, d head dim (keys), e head dim (values), s sets of parameters
 

@@ -82,6 +82,13 @@ def test_slow_heads_in_bf16_equal_float64_on_the_same_rounded_inputs(directions)
     assert error.sqrt() < 5e-3  # the rounding of the result
 
 
+def test_the_token_itself_is_taken_away_as_exactly_as_it_was_added():
+    """Alone it is what both ways give: in bf16 the sum less itself is one rounding from float64."""
+    q, k, v = torch.randn(3, 50, 1, 8, 16).bfloat16()
+    expected = retention(*(x.double() for x in (q, k, v)), log_gammas(8)).bfloat16()
+    assert (retention(q, k, v, log_gammas(8)) == expected).float().mean() > 0.99
+
+
 def test_untied_projections_of_the_way_back_reach_earlier_tokens_alone():
     layer, x = build("retnet", PLACE, directions="untied").double(), x_of(1, 70, 16)
     before = layer(x)
