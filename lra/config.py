@@ -312,8 +312,13 @@ def _refuse_idle_settings(run: RunConfig, values: list[Override]) -> None:
     if run.model.backbone.norm != "batch":
         idle["model.norm_stats"] = "only model.norm=batch has batch statistics"
     idle |= _idle_by_choice(run)
-    if run.model.name == "hybrid" and run.model.backbone.tied_layers and len(run.model.own["layers"]) > 1:
-        raise UserError("model.tied_layers=true leaves one layer, and model.layers names several; name one")
+    if run.model.name == "hybrid":
+        layers = 1 if run.model.backbone.tied_layers else run.model.backbone.num_layers
+        if len(run.model.own["layers"]) > layers and "model.layers" in {v.key_or_group for v in values}:
+            raise UserError(
+                f"model.layers names {len(run.model.own['layers'])} mixers for {layers} distinct "
+                "layers (model.num_layers, model.tied_layers); name fewer"
+            )
     if run.model.name != "search":
         idle["train.arch_lr"] = "only model=search chooses between mechanisms"
     if run.task.documents != 2:

@@ -33,10 +33,8 @@ class Hybrid(Mixer):
         attn_dropout: float = 0.0,
     ) -> None:
         super().__init__(place, projections=False)
-        if not layers or (len(layers) > place.num_layers and layers != LAYERS):
-            raise ValueError(
-                f"hybrid got {len(layers)} names for {place.num_layers} layers; give one for each, or fewer"
-            )
+        if not layers:
+            raise ValueError("hybrid needs the name of a mixer for its layers, got none")
         refuse_idle("hybrid", settings, layers)
         every = {
             name: make("hybrid", name, place, settings, {"attn_dropout": attn_dropout}) for name in layers

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from models import fla_kernels
 from models.common import Mixer, Place, Traits, at_least_fp32, full_precision, register
 from models.directions import both_directions, forward_alone, known_directions, short_conv
-from models.scan import CHUNK, before, running_sum, scan, within_chunks
+from models.scan import CHUNK, before, decay_matrix, running_sum, scan
 from models.ssm import step_bias, tagged
 
 EPS = 1e-5
@@ -52,8 +52,8 @@ def ssd(x: Tensor, B: Tensor, C: Tensor, log_decay: Tensor, *, kernel: str = "to
     x, B, C, log_decay = (_in_chunks(part) for part in at_least_fp32(x, B, C, log_decay))  # [b n c ...]
     with full_precision(x):
         total = running_sum(log_decay)  # [b n c h]
-        by_head = x.transpose(2, 3).contiguous(), total.mT.unsqueeze(-1)
-        within = within_chunks(C.unsqueeze(2), B.unsqueeze(2), *by_head)  # [b n h c e]
+        past = decay_matrix(total.mT.unsqueeze(-1))  # [b n h c c]
+        within = ((C @ B.mT).unsqueeze(2) * past) @ x.transpose(2, 3)  # [b n h c e]
         end = total[:, :, -1:]
         until_end = (end - total).exp().unsqueeze(-1)
         update = (B.mT @ (x * until_end).flatten(-2)).unflatten(-1, x.shape[-2:])  # [b n s h e]

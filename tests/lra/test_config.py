@@ -160,8 +160,8 @@ def assert_composes(task, model, paper):
 
 
 def test_every_model_task_and_recipe_composes_with_some_others():
-    """One combination in eight, which leaves out no model, no task, no paper and no recipe of a model."""
-    chosen = list(combinations())[::8]
+    """One combination in eleven, which leaves out no model, no task, no paper and no recipe of a model."""
+    chosen = list(combinations())[::11]
     with_recipe = [
         (task, model, paper)
         for task, model, paper in combinations()
@@ -191,7 +191,7 @@ def test_every_overlay_of_a_recipe_holds_known_settings_only():
     for path in (config.conf_dir() / "recipe_model").rglob("*.yaml"):
         model = path.stem.split("_", 1)[1]
         own = set(registry.own_names(model)) | backbone
-        assert set(OmegaConf.to_container(OmegaConf.load(path))["model"]) <= own, path
+        assert set(OmegaConf.to_container(OmegaConf.load(path)).get("model", {})) <= own, path
 
 
 def test_a_recipe_names_what_it_does_otherwise_under_these_settings_only():

@@ -192,9 +192,10 @@ def test_a_search_without_a_learning_rate_is_refused(tiny, tmp_path):
         trainer(tiny(*SEARCH, "train.arch_lr=0"), tmp_path)
 
 
-def test_a_hybrid_of_several_layers_cannot_be_tied():
-    with pytest.raises(UserError, match="tied_layers"):
-        compose(["model=hybrid", "model.tied_layers=true", "model.layers=[local,linear]"])
+@pytest.mark.parametrize("settings", [["model.tied_layers=true"], ["model.num_layers=1"]])
+def test_a_hybrid_names_no_more_mixers_than_there_are_layers(settings):
+    with pytest.raises(UserError, match="2 mixers for 1 distinct layers"):
+        compose(["model=hybrid", "model.layers=[softmax,linear]", *settings])
 
 
 def test_weights_that_are_hardly_apart_are_called_undecided():
