@@ -88,7 +88,7 @@ class LongConv(Mixer):
         shape = (2 if directions == "untied" else 1, channels, place.d_model, place.max_len)
         self.kernel = tagged(nn.Parameter(initial(shape, kernel_init)), lr_scale=kernel_lr_scale)
         self.skip = nn.Parameter(torch.randn(channels, place.d_model))
-        self.output = Output(channels * place.d_model, place.d_model, kind=output)
+        self.output = Output(channels * place.d_model, place.d_model, kind=output, name="long_conv")
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         length = x.shape[1]

@@ -123,7 +123,7 @@ class SGConv(Mixer):
         initial = multiscale_kernel(self.pieces.detach(), 1.0, self.decay, whole, finest=finest, power=power)
         self.register_buffer("kernel_norm", initial.norm(dim=-1, keepdim=True))
         self.skip = nn.Parameter(torch.randn(place.d_model))
-        self.output = Output(place.d_model, place.d_model, kind=output)
+        self.output = Output(place.d_model, place.d_model, kind=output, name="sgconv")
 
     @property
     def decay(self) -> Tensor:

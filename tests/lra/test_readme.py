@@ -182,3 +182,14 @@ def test_what_the_network_gets_right_is_what_was_measured():
     for task in ("pathfinder32", "pathx"):
         row = f"| `{task}` | 160,000 | {shares[task, False]:.1f} % | {shares[task, True]:.1f} % |"
         assert row in README
+
+
+def test_what_the_quarter_of_an_hour_gave_is_what_was_measured():
+    lines = (ROOT / "results/quarter_hour/records.jsonl").read_text().splitlines()
+    measured = {r["model"]: r for r in map(json.loads, lines)}
+    names, shares = re.search(
+        r"^\| \| (lru .*) \|\n.*\n\| test accuracy \| (.*) \|$", README, re.MULTILINE
+    ).groups()
+    said = dict(zip(names.split(" | "), shares.split(" | "), strict=True))
+    assert said == {name: f"{100 * run['test_accuracy']:.1f} %" for name, run in measured.items()}
+    assert all(run["wall_s"] < 300 and run["test_accuracy"] >= 0.8 for run in measured.values())

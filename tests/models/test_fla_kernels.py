@@ -1,7 +1,11 @@
 """When fla-core's kernels are taken and what they are given; on a GPU, that they equal the torch forms."""
 
 import logging
+import os
+import subprocess
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -292,6 +296,27 @@ def test_layers_hand_on_their_choice_of_kernel(fla, name, monkeypatch):
 
 def rms(expected, found):
     return ((found.double() - expected).square().mean().sqrt() / expected.square().mean().sqrt()).item()
+
+
+@pytest.mark.slow
+def test_fla_in_the_interpreter_equals_torch_in_outputs_and_gradients():
+    """Needs Triton but no GPU; float32 where fla takes it, float16 for its delta rules."""
+    if find_spec("triton") is None:
+        pytest.skip("triton is not installed: pip install triton")
+    here = Path(__file__).resolve().parent
+    paths = os.pathsep.join([str(here.parents[1]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, here / "fla_interpreted.py"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
+    assert done.returncode == 0, done.stderr
+    found = [line.split() for line in done.stdout.splitlines()]
+    assert len(found) == 10
+    for operation, length, *differences in found:
+        limit = 2e-3 if "delta" in operation else 5e-6
+        assert all(float(d) < limit for d in differences), (operation, length, differences)
 
 
 @pytest.mark.gpu
