@@ -93,7 +93,12 @@ def measure_cell(config: RunConfig, mode: str, *, force: bool = False) -> Record
     with records.lock(folder):
         started = time.perf_counter()
         try:
-            record = dataclasses.replace(record, status="ok", **_measure(config, mode, device))
+            kernels = registry.load_models().fla_kernels
+            with kernels.choices() as made:
+                found = _measure(config, mode, device)
+            if package := kernels.taken(made):
+                found["extra"]["recurrence_kernel"] = package
+            record = dataclasses.replace(record, status="ok", **found)
         except Exception as error:
             status = "oom" if is_out_of_memory(error) else "failed"
             status = "unsupported" if isinstance(error, UserError) else status

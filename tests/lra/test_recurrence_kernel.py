@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from lra import environment, records, run
+from lra import environment, measure, records, run
 from lra.config import compose
 from models import fla_kernels, scan
 
@@ -33,6 +33,15 @@ def test_a_record_says_that_fla_ran(tiny, fla, caplog, precision):
     log = (records.runs_root() / record.run_id / "log.txt").read_text()
     said = f"recurrences on cpu: {'the kernels of fla-core' if ran else 'torch, because it needs bfloat16'}"
     assert log.count(said) > ran
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_measurement_says_that_fla_ran(fla, precision):
+    small = ["length=16", "batch_size=1", "model.d_model=16", "model.num_layers=1", "mode=infer"]
+    (record,) = measure.measure([*small, "model=gla", f"train.precision={precision}"])
+    assert record.status == "ok"
+    expected = fla_kernels.package() if precision == "bf16" else None
+    assert record.extra.get("recurrence_kernel") == expected
 
 
 def test_versions_name_the_optional_kernels_where_they_are_installed(monkeypatch):
