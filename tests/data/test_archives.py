@@ -100,7 +100,7 @@ def test_long_names_come_whole(tmp_path, format):
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"PK", b"text\n" * 200, gzip.compress(b"text\n" * 200, mtime=0), b"PAR1" + b"\0" * 600, b"\0" * 2000],
+    [b"", b"PK", b"text\n" * 200, gzip.compress(b"text\n" * 9, mtime=0), b"PAR1" + b"\0" * 600, b"\0" * 2000],
 )
 def test_what_is_no_archive_is_not_taken_for_one(tmp_path, content):
     (tmp_path / "file.tar.gz").write_bytes(content)

@@ -6,10 +6,12 @@ tokens of a row are picked first, so that a reference is defined at real positio
 
 import cmath
 import importlib.util
+import logging
 import math
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -175,6 +177,19 @@ def file_of(package, path, *, without=()):
     with mock.patch.dict(sys.modules, stands_in):
         spec.loader.exec_module(module)
     return module
+
+
+@contextmanager
+def quiet(package: str = "transformers"):
+    """Inside, transformers logs errors alone: that it computes without its GPU kernels is what is wanted."""
+    importlib.import_module(f"{package}.utils.logging").get_logger(package)  # sets its level, once
+    logger = logging.getLogger(package)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, sees) -> Tensor:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from models.mamba import selective_scan
 from models.mamba2 import ssd
 from proofs.faults import NO_SCALE, Plant, swapped, unmasked
-from proofs.kit import Limit, Oracle, affine, distance, draw, rows
+from proofs.kit import Limit, Oracle, affine, distance, draw, quiet, rows
 
 
 def silu(x):
@@ -80,6 +80,7 @@ LIMITS = [
 ]
 
 
+@quiet("transformers")
 def against_transformers():
     """directions=forward; the package computes in float32 here and there, whatever its weights are."""
     from transformers.models.mamba import modeling_mamba as package

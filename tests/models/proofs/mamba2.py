@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from models.mamba2 import ssd
 from models.scan import decayed_attention
 from proofs.faults import NO_SCALE, Plant, other_eps, swapped, unmasked
-from proofs.kit import Limit, Oracle, affine, distance, draw, rows
+from proofs.kit import Limit, Oracle, affine, distance, draw, quiet, rows
 
 
 def silu(x):
@@ -88,6 +88,7 @@ LIMITS = [
 ]
 
 
+@quiet("transformers")
 def against_transformers():
     """directions=forward; the package computes in float32 here and there, whatever its weights are."""
     from transformers.models.mamba2 import modeling_mamba2 as package
