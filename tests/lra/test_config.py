@@ -160,8 +160,8 @@ def assert_composes(task, model, paper):
 
 
 def test_every_model_task_and_recipe_composes_with_some_others():
-    """One combination in eleven, which leaves out no model, no task, no paper and no recipe of a model."""
-    chosen = list(combinations())[::11]
+    """One combination in nineteen, which leaves out no model, no task, no paper and no recipe of a model."""
+    chosen = list(combinations())[::19]
     with_recipe = [
         (task, model, paper)
         for task, model, paper in combinations()

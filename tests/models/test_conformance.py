@@ -12,14 +12,14 @@ NAMES = models.names()
 
 
 def variants():
-    """Every set of arguments that mechanisms are compared under; those with the usual claims are slow."""
+    """Every set of arguments that mechanisms are compared under, those that change a claim named so."""
     for name in NAMES:
         for own in [*cases(name), *([{"redraw_every": 1000}] if name == "performer" else [])]:
             if own:
                 claims = subject(name, own).traits, subject(name).traits
-                usual = [] if claims[0] != claims[1] else [pytest.mark.slow]
-                label = "-".join([name, *(f"{k}={v}" for k, v in own.items())])
-                yield pytest.param(name, own, id=label, marks=usual)
+                kind = ["unusual"] if claims[0] != claims[1] else []
+                label = "-".join([*kind, name, *(f"{k}={v}" for k, v in own.items())])
+                yield pytest.param(name, own, id=label)
 
 
 COMPILED_BY_DEFAULT = ("softmax", "linear", "luna", "s4d", "hybrid")
@@ -49,6 +49,7 @@ def test_mechanism_conforms(name, check):
     assert_passes(check(subject(name)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "own"), list(variants()))
 def test_variant_conforms(name, own):
     for check in ALL_CHECKS:
