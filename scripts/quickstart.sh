@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The main job in miniature, on the CPU, in under five minutes: six mechanisms x two lengths x two seeds on a scaled
+# The main job in miniature, on the CPU, in about five minutes: six mechanisms x two lengths x two seeds on a scaled
 # ListOps (not the LRA setting), then the table of accuracy, memory and speed and the accuracy-against-speed figure.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
