@@ -8,16 +8,17 @@ from typing import Any
 import torch
 
 from lra.config import RunConfig
-from lra.data.batch import Batch
+from lra.data.batch import Batches, Plan
 from lra.errors import UserError
-from lra.step import Step, is_architecture
+from lra.optimizer import is_architecture
+from lra.step import Step
 
 BETAS = (0.5, 0.999)  # of DARTS, without its weight decay: that is larger than these gradients
 WARMUP_SHARE = 0.1  # of the run, in which the mixers alone learn: untrained ones say nothing about a task
 
 
 class ArchitectureStep:
-    """Called with the parts of a validation batch, updates the architecture parameters once, and nothing
+    """Called with the plans of a validation batch, updates the architecture parameters once, and nothing
     else: statistics that a forward pass in training keeps are put back.
     """
 
@@ -38,14 +39,14 @@ class ArchitectureStep:
         sought = any(is_architecture(p) for p in step.model.parameters())
         return ArchitectureStep(step, config) if sought else None
 
-    def __call__(self, parts: list[Batch]) -> None:
+    def __call__(self, batches: Batches, plans: list[Plan]) -> None:
         buffers = list(self.step.model.buffers())
         before = [buffer.clone() for buffer in buffers]
-        rows = sum(len(part.labels) for part in parts)
+        rows = sum(len(plan.rows) for plan in plans)
         for parameter in self.parameters:
             parameter.grad = torch.zeros_like(parameter)
-        for part in parts:
-            loss = self.step.loss(part) * (len(part.labels) / rows)
+        for plan in plans:
+            loss = self.step.loss(batches, plan) * (len(plan.rows) / rows)
             for parameter, gradient in zip(
                 self.parameters, torch.autograd.grad(loss, self.parameters), strict=True
             ):

@@ -1,9 +1,18 @@
-"""From the settings of a run to its model and its layout."""
+"""From the settings of a run to its model, its layout and its step."""
+
+import torch
 
 from lra import registry
 from lra.backbone import Backbone
+from lra.capture import CapturedStep
 from lra.config import RunConfig
 from lra.errors import UserError
+from lra.step import Step
+
+# Measured on an H200 at width 64: what compiling a captured step takes, and what it saves a step.
+COMPILE_S, COMPILE_S_PER_LAYER = 10.0, 5.0
+SAVED_MS_PER_LAYER, SAVED_MS_PER_NUMBER = 0.4, 2e-7  # the second for each row and each number of its width
+MARGIN = 1.25
 
 
 def choose_layout(config: RunConfig) -> str:
@@ -42,4 +51,62 @@ def build_model(config: RunConfig, *, vocab_size: int | None) -> Backbone:
         vocab_size=vocab_size,
         channels=1 if vocab_size is None else None,
         documents=config.task.documents,
+        recompute=config.train.activation_checkpointing,
     )
+
+
+def choose_step(config: RunConfig, device: torch.device, rows: float) -> tuple[str, bool, str]:
+    """The step mode, whether torch.compile takes part, and why.
+
+    rows: packed or padded rows of a typical batch. UserError for a mode that cannot be had.
+    """
+    train = config.train
+    if train.compile is not None and train.step_mode in ("eager", "compiled"):
+        raise UserError(
+            f"train.compile={str(train.compile).lower()} is for captured steps and train.step_mode="
+            f"{train.step_mode} says it already; leave train.compile away"
+        )
+    obstacle = cannot_capture(config, device)
+    if train.step_mode == "captured":
+        if obstacle:
+            raise UserError(f"train.step_mode=captured: {obstacle}; use train.step_mode=auto or eager")
+        return "captured", bool(train.compile), "as asked"
+    if train.step_mode != "auto":
+        return train.step_mode, train.step_mode == "compiled", "as asked"
+    if obstacle:
+        return ("compiled", True, "as asked") if train.compile else ("eager", False, obstacle)
+    if train.compile is not None:
+        return "captured", train.compile, "captured steps are the fastest; train.compile as asked"
+    cost, saved = _compile_cost_and_gain(config, rows)
+    if saved > MARGIN * cost:
+        return "captured", True, f"compiling takes about {cost:.0f} s and saves about {saved:.0f} s"
+    return "captured", False, f"compiling would take about {cost:.0f} s and save about {saved:.0f} s"
+
+
+def cannot_capture(config: RunConfig, device: torch.device) -> str | None:
+    """Why a step of this run cannot be captured in a CUDA graph; None if it can."""
+    if device.type != "cuda":
+        return "CUDA graphs need a GPU"
+    traits = registry.traits(config.model)
+    if not traits.capturable:
+        return f"model={config.model.label}: {traits.because.get('capturable', 'it says so')}"
+    if config.model.name == "search":
+        return "a search takes a second step, on validation batches, between two of its steps"
+    if config.train.activation_checkpointing:
+        return "activation checkpointing puts random numbers back, which a graph cannot do"
+    return None
+
+
+def make_step(config: RunConfig, model: Backbone, device: torch.device, mode: str, *, compiled: bool) -> Step:
+    if mode != "captured":
+        return Step(model, config.train, device, compiled=compiled)
+    strict = config.train.step_mode == "captured"
+    return CapturedStep(model, config.train, device, compiled=compiled, strict=strict)
+
+
+def _compile_cost_and_gain(config: RunConfig, rows: float) -> tuple[float, float]:
+    """Seconds that compiling takes, and seconds that it saves in the whole run."""
+    backbone = config.model.backbone
+    cost = COMPILE_S + COMPILE_S_PER_LAYER * backbone.num_layers
+    saved_ms = backbone.num_layers * (SAVED_MS_PER_LAYER + SAVED_MS_PER_NUMBER * rows * backbone.d_model)
+    return cost, saved_ms / 1e3 * config.train.num_steps

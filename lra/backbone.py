@@ -7,13 +7,15 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lra import registry
 from lra.errors import UserError
 from lra.layout import Layout
 from lra.schema import BackboneConfig, ModelConfig
 from models.common import Block, Mixer, Place
-from models.layers import FeedForward, make_norm
+from models.layers import BatchNorm, FeedForward, make_norm
+from models.lookup import lookup
 
 # s sequences, l padded length, t packed rows, d width; [... d] is [s l d] or [t d]
 
@@ -45,7 +47,8 @@ class Embedding(nn.Module):
         self.cls_first = cls_place(config) == 0
 
     def forward(self, inputs: Tensor, layout: Layout) -> tuple[Tensor, Layout]:
-        x = self.values(inputs) * self.scale
+        by_id = isinstance(self.values, nn.Embedding)
+        x = (lookup(self.values.weight, inputs) if by_id else self.values(inputs)) * self.scale
         if self.cls is not None and self.cls_first:
             x, layout = layout.prepend(x, self.cls)
         if self.positions is not None:
@@ -174,7 +177,8 @@ class Backbone(nn.Module):
     """A stack of one mechanism with an embedding before and a classifier after it.
 
     forward(inputs, layout) -> logits [b num_classes]; inputs are ids [s l] or [t], or values with a last
-    axis of channels. `padded_length` is the length that padded rows have, without [CLS].
+    axis of channels. `padded_length` is the length that padded rows have, without [CLS]. `recompute` keeps
+    the inputs of each layer alone for the backward pass, which runs the layer again (arXiv 1604.06174).
     """
 
     def __init__(
@@ -186,10 +190,11 @@ class Backbone(nn.Module):
         vocab_size: int | None = None,
         channels: int | None = None,
         documents: int = 1,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         config = model.backbone
-        self.config = config
+        self.config, self.recompute = config, recompute
         self.padded_length = padded_length
         max_len = padded_length + (config.pool == "cls")
         self.embedding = Embedding(config, vocab_size=vocab_size, channels=channels, max_len=max_len)
@@ -217,6 +222,9 @@ class Backbone(nn.Module):
                 )
             whole = isinstance(mechanism, Block)
             self.layers.append(WholeBlock(mechanism) if whole else StandardBlock(mechanism, config))
+        if recompute:
+            for norm in (m for m in self.layers.modules() if isinstance(m, BatchNorm)):
+                norm.momentum = 1 - (1 - norm.momentum) ** 0.5  # it sees every batch twice
         self.norm = make_norm(
             config.norm if config.final_norm else "none",
             config.d_model,
@@ -239,13 +247,21 @@ class Backbone(nn.Module):
         for index in range(config.num_layers):
             if self.embedding.cls is not None and index and index == cls_place(config):
                 x, layout = layout.prepend(x, self.embedding.cls)
-            x, carry = self.layers[0 if config.tied_layers else index](x, layout, carry)
+            layer = self.layers[0 if config.tied_layers else index]
+            if self.recompute and self.training and torch.is_grad_enabled():
+                x, carry = checkpoint(layer, x, layout, carry, use_reentrant=False)
+            else:
+                x, carry = layer(x, layout, carry)
         x = self.norm(x, layout.real)
         return self.head(layout.pool(x, config.pool))
 
     def aux_loss(self) -> Tensor | None:
-        losses = [loss for m in self.mechanisms() if (loss := m.aux_loss()) is not None]
-        return sum(losses[1:], losses[0]) if losses else None
+        total = None
+        for mechanism in self.mechanisms():
+            loss = mechanism.aux_loss()
+            if loss is not None:
+                total = loss if total is None else total + loss
+        return total
 
     def training_update(self, step: int) -> None:
         for mechanism in self.mechanisms():

@@ -14,7 +14,7 @@ def save(content: Any, path: Path) -> None:
     part = path.with_suffix(".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(content, part)
+        torch.save(_apart(content), part)
         with open(part, "rb") as file:
             os.fsync(file.fileno())
         part.replace(path)
@@ -40,3 +40,10 @@ def load(path: Path, *, config_hash: str, seed: int) -> dict[str, Any]:
             f"{config_hash}, seed {seed}. Delete its folder, or point LRA_RUNS at another one"
         )
     return saved
+
+
+def _apart(content: Any) -> Any:
+    """The content with copies of complex tensors: torch.save refuses those in one buffer with real ones."""
+    if isinstance(content, dict):
+        return {name: _apart(value) for name, value in content.items()}
+    return content.clone() if isinstance(content, torch.Tensor) and content.is_complex() else content

@@ -46,6 +46,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     interrupted.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    status = _main(argv)
+    if "LOCAL_RANK" in os.environ:  # torchrun started this process
+        from lra import parallel
+
+        return parallel.end(status)
+    return status
+
+
+def _main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("lra").setLevel(logging.INFO if os.environ.get("LRA_VERBOSE") else logging.WARNING)
     from lra.stop import Stop, terminate_as_stop
@@ -79,6 +88,10 @@ def _run(argv: list[str]) -> int:
     verb, rest = argv[0], argv[1:]
     if verb not in VERBS:
         raise unknown("verb", verb, VERBS)
+    if verb != "train" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError(
+            f"torchrun starts one training run over several processes; start lra {verb} without it"
+        )
     return _verbs()[verb](rest)
 
 
@@ -120,7 +133,8 @@ def _train(argv: list[str]) -> int:
     if args.config:
         return _print_config(args.overrides)
     records = sweep.train(args.overrides, multirun=args.multirun, force=args.force)
-    _print_table(records)
+    if int(os.environ.get("RANK", 0)) == 0:
+        _print_table(records)
     return OK if all(record.status == "ok" for record in records) else SOME_FAILED
 
 

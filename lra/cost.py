@@ -14,13 +14,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lra import registry
-from lra.data.batch import Batch
+from lra.data.batch import Batches, Plan
 from lra.step import Step
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its progress lines would land in the middle of ours
 
 MIB = 2**20
-CPU_METHOD = "weights and optimizer state, plus the peak of live allocations in one profiled step"
+CPU_METHOD = "weights, gradients and optimizer state, plus the peak of live allocations in one profiled step"
 CUDA_METHOD = "peak of PyTorch's CUDA allocator after warm-up, without the data kept on the device"
 
 
@@ -31,9 +31,9 @@ class Trial:
 
     def __init__(self, step: Step) -> None:
         self.device = step.device
-        self.step = Step(copy.deepcopy(step.model), step.config, step.device, "eager")
+        self.step = Step(copy.deepcopy(step.model), step.config, step.device)
 
-    def flops(self, parts: list[Batch]) -> int | None:
+    def flops(self, batches: Batches, plans: list[Plan]) -> int | None:
         """Floating-point operations of one step as PyTorch counts them: products and attention, not
         elementwise. None if kernels ran that it cannot see into.
         """
@@ -42,23 +42,22 @@ class Trial:
         explicit = sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext()
         kernels = registry.load_models().fla_kernels
         with self._fork(), explicit, counter, kernels.choices() as made:
-            self.step(parts, lr=0.0)
+            self.step.train(batches, plans, lr=0.0)
         return None if kernels.taken(made) else counter.get_total_flops()
 
-    def cpu_peak_mib(self, parts: list[Batch]) -> float:
+    def cpu_peak_mib(self, batches: Batches, plans: list[Plan]) -> float:
         """Peak MiB of a step on the CPU: what stays (weights, optimizer state) and the most that is live at
         once.
         """
         with self._fork():
-            self.step(parts, lr=0.0)  # makes the optimizer's state
-            self.step.optimizer.zero_grad(set_to_none=True)
-            return (self._persistent_bytes() + peak_bytes(lambda: self.step(parts, lr=0.0))) / MIB
+            self.step.train(batches, plans, lr=0.0)
+            peak = peak_bytes(lambda: self.step.train(batches, plans, lr=0.0))
+            return (self._persistent_bytes() + peak) / MIB
 
     def _persistent_bytes(self) -> int:
-        model, optimizer = self.step.model, self.step.optimizer
-        tensors = [*model.parameters(), *model.buffers()]
-        tensors += [x for state in optimizer.state.values() for x in state.values() if torch.is_tensor(x)]
-        return sum(x.numel() * x.element_size() for x in tensors)
+        optimizer = self.step.optimizer
+        tensors = [optimizer.weights, optimizer.gradients, *optimizer.state().values()]
+        return sum(x.numel() * x.element_size() for x in [*tensors, *self.step.model.buffers()])
 
     def _fork(self):
         return torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
@@ -82,8 +81,9 @@ def reset_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def cuda_peak_mib(device: torch.device, data_bytes: int) -> float:
-    return (torch.cuda.max_memory_allocated(device) - data_bytes) / MIB
+def cuda_peak_mib(device: torch.device, data_bytes: int, step: Step) -> float:
+    """Of a captured step the peak is that of its capture: replays use its memory without telling."""
+    return (max(torch.cuda.max_memory_allocated(device), step.peak_bytes or 0) - data_bytes) / MIB
 
 
 def reserved_mib(device: torch.device) -> float | None:

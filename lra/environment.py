@@ -76,6 +76,21 @@ def set_precision(precision: str, *, deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic)
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether it, or what it was raised after, says that memory ran out.
+
+    PyTorch raises its own error on a GPU and a plain RuntimeError on the CPU; the end of a failed capture
+    raises another one after it.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        ours = isinstance(seen, torch.OutOfMemoryError | MemoryError)
+        if ours or "can't allocate memory" in str(seen) or "CUDA out of memory" in str(seen):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -12,17 +12,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from lra import cost, environment, records, registry
-from lra.assembly import build_model, choose_layout
+from lra import cost, environment, records, registry, workbench
+from lra.assembly import build_model, choose_layout, choose_step, make_step
 from lra.config import RunConfig, compose, expand
-from lra.data.batch import Batch
+from lra.data.batch import Batches, decoding
+from lra.data.store import Split
 from lra.errors import UserError, unknown
-from lra.layout import Packed, Padded
 from lra.records import Record
-from lra.run import conditions, is_out_of_memory, make_folder, release_memory
-from lra.step import Step, choose_mode
+from lra.run import conditions, make_folder, release_memory
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +98,7 @@ def measure_cell(config: RunConfig, mode: str, *, force: bool = False) -> Record
                 found["extra"]["recurrence_kernel"] = package
             record = dataclasses.replace(record, status="ok", **found)
         except Exception as error:
-            status = "oom" if is_out_of_memory(error) else "failed"
+            status = "oom" if environment.out_of_memory(error) else "failed"
             status = "unsupported" if isinstance(error, UserError) else status
             log.error("%s: %s\n%s", record.run_id, status, traceback.format_exc())
             reason = (
@@ -115,27 +113,26 @@ def measure_cell(config: RunConfig, mode: str, *, force: bool = False) -> Record
 
 
 def _measure(config: RunConfig, mode: str, device: torch.device) -> dict[str, Any]:
+    workbench.clear()
     environment.set_precision(config.train.precision, deterministic=config.train.deterministic)
     environment.seed_everything(config.seed)
     continuous = config.task.input == "continuous"
     model = build_model(config, vocab_size=None if continuous else config.task.vocab_size).to(device)
-    step_mode, _ = choose_mode(config.train)
-    step = Step(model, config.train, device, step_mode)
-    batch = made_up_batch(config, device)
+    rows = config.batch_size * config.task.documents * config.length
+    step_mode, compiled, why = choose_step(config, device, rows)
+    log.info("step: %s%s (%s)", step_mode, ", compiled" if compiled else "", why)
+    step = make_step(config, model, device, step_mode, compiled=compiled)
+    batches = made_up_batches(config, device)
+    plans = batches.plans(0, micro_batch=config.train.micro_batch)
+    whole = batches.plan(plans[0].rows if len(plans) == 1 else np.arange(config.batch_size))
 
-    def train() -> Tensor:
-        return step([batch], lr=0.0)
+    def train() -> None:
+        step.train(batches, plans, lr=0.0)
 
-    @torch.no_grad()
-    def infer() -> Tensor:
-        return step.logits(batch)
+    def infer() -> None:
+        step.predict(batches, whole)
 
-    model.train(mode == "train")
     call = train if mode == "train" else infer
-    compile_s = -time.perf_counter()
-    call()
-    environment.synchronize(device)
-    compile_s += time.perf_counter()
     for _ in range(WARMUP_CALLS):
         call()
     environment.synchronize(device)
@@ -150,26 +147,26 @@ def _measure(config: RunConfig, mode: str, device: torch.device) -> dict[str, An
         "examples_per_s": rows / median,
         "tokens_per_s": rows * config.length * config.task.documents / median,
         "padded_tokens_per_s": rows * config.padded_length * config.task.documents / median,
-        "compile_s": compile_s if step_mode == "compiled" else None,
+        "compile_s": step.compile_s,
         "step_mode": step_mode,
         "reserved_mib": cost.reserved_mib(device),
         "num_steps": len(times),
     }
     spread = np.percentile(times, [25, 75]) * 1e3
     extra = {"mode": mode, "own": registry.changed(config.model), "step_ms_quartiles": spread.tolist()}
+    extra["compiled"] = compiled
     trial = cost.Trial(step)
     if device.type == "cuda":
-        data_bytes = batch.inputs.numel() * batch.inputs.element_size()
-        found["peak_mem_mib"] = cost.cuda_peak_mib(device, data_bytes)
+        found["peak_mem_mib"] = cost.cuda_peak_mib(device, batches.source.device_bytes, step)
     elif mode == "train":
-        found["peak_mem_mib"] = trial.cpu_peak_mib([batch])
+        found["peak_mem_mib"] = trial.cpu_peak_mib(batches, plans)
     else:
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         found["peak_mem_mib"] = (weights + cost.peak_bytes(infer)) / cost.MIB
     extra["peak_mem_method"] = cost.CUDA_METHOD if device.type == "cuda" else cost.CPU_METHOD
     found["extra"] = extra
     if mode == "train":
-        found["flops_per_step"] = trial.flops([batch])
+        found["flops_per_step"] = trial.flops(batches, plans)
     return found
 
 
@@ -192,23 +189,28 @@ def _time(call, device: torch.device) -> list[float]:
     return times
 
 
-def made_up_batch(config: RunConfig, device: torch.device) -> Batch:
-    """Full rows of random ids or values, of exactly the length."""
-    sequences, length = config.batch_size * config.task.documents, config.length
-    generator = torch.Generator().manual_seed(config.seed)
-    if config.task.input == "continuous":
-        inputs = torch.randn(sequences, length, 1, generator=generator)
-    else:
-        inputs = torch.randint(1, config.task.vocab_size, (sequences, length), generator=generator)
-    labels = torch.randint(0, config.task.num_classes, (config.batch_size,), generator=generator).to(device)
-    inputs = inputs.to(device)
-    if choose_layout(config) == "padded":
-        layout = Padded(sequences, length, None, device)
-    else:
-        cu_seqlens = torch.arange(sequences + 1, dtype=torch.int32, device=device) * length
-        layout = Packed(cu_seqlens, sequences * length, length, full=True)
-        inputs = inputs.flatten(0, 1)
-    return Batch(inputs, labels, layout, np.arange(config.batch_size), sequences * length)
+def made_up_batches(config: RunConfig, device: torch.device) -> Batches:
+    """One batch of full rows of random ids or pixels, of exactly the length."""
+    task, rows = config.task, config.batch_size
+    sequences = rows * task.documents
+    generator = np.random.Generator(np.random.Philox(key=[config.seed, 0]))
+    pixels = task.input == "continuous" or task.stored == "pixels"
+    ids = (1, 256) if pixels else (1, task.vocab_size)
+    dtype = np.uint8 if ids[1] <= 256 else np.int16
+    tokens = generator.integers(*ids, sequences * config.length).astype(dtype)
+    offsets = np.arange(sequences + 1, dtype=np.int64) * config.length
+    labels = generator.integers(0, task.num_classes, rows).astype(np.uint8)
+    return Batches(
+        Split("train", tokens, offsets, labels, task.documents),
+        documents=task.documents,
+        length=config.length,
+        padded_length=config.length,
+        batch_size=rows,
+        device=device,
+        packed=choose_layout(config) == "packed",
+        seed=config.seed,
+        **decoding(task),
+    )
 
 
 def _describe(config: RunConfig, mode: str, device: torch.device) -> Record:

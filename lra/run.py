@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import yaml
 
-from lra import environment, records, registry
-from lra.assembly import build_model, choose_layout
+from lra import environment, parallel, records, registry, workbench
+from lra.assembly import build_model, choose_layout, choose_step
 from lra.config import RunConfig, compose
 from lra.data.prepare import prepare
 from lra.data.store import Store
@@ -30,7 +30,7 @@ FINAL = ("ok", "diverged", "unsupported")  # statuses that another try would onl
 def check(config: RunConfig) -> None:
     """Raises UserError for what would only show when the run begins, as sizes that do not fit."""
     choose_layout(config)
-    environment.pick_device(config.train.device)
+    choose_step(config, environment.pick_device(config.train.device), rows=1)
     build_model(config, vocab_size=config.task.vocab_size if config.task.input == "tokens" else None)
 
 
@@ -67,30 +67,46 @@ def execute(
     started = time.perf_counter()
     store = prepared(config)
     data_s = time.perf_counter() - started
+    parallel.start(config.train.device)
     if not force and (record := done(config, store)) is not None:
         log.info("%s is done already (%s)", record.run_id, record.status)
         return record
     folder = folder_of(config, store)
-    make_folder(folder)
-    with records.lock(folder), log_to(folder / "log.txt"):
-        if not force and (record := done(config, store)) is not None:
-            return record  # another process ended it while this one waited to begin
-        records.archive(folder)
-        if force:
-            (folder / LAST).unlink(missing_ok=True)
-        (folder / "config.yaml").write_text(yaml.safe_dump(config.as_dict(), sort_keys=False))
+    first = parallel.is_first()
+    with _held(folder) if first else contextlib.nullcontext():
+        # Another process may have ended it while this one waited to begin.
+        if parallel.any_process(first and not force and done(config, store) is not None):
+            return records.read(folder)
+        if first:
+            records.archive(folder)
+            if force:
+                (folder / LAST).unlink(missing_ok=True)
+            (folder / "config.yaml").write_text(yaml.safe_dump(config.as_dict(), sort_keys=False))
+        parallel.barrier()
         record = describe(config, store)
         kernels = registry.load_models().fla_kernels
         try:
             with kernels.choices() as made:
                 record = train(record, config, store, folder, progress)
         finally:
+            if record.status != "ok":
+                workbench.clear()
             release_memory()
         if package := kernels.taken(made):
             record = dataclasses.replace(record, extra={**record.extra, "recurrence_kernel": package})
         record = dataclasses.replace(record, data_s=data_s, **labels)
-        records.write(record, folder)
+        parallel.barrier()
+        if first:
+            records.write(record, folder)
     return record
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """The run folder, made, locked, and open to the log."""
+    make_folder(folder)
+    with records.lock(folder), log_to(folder / "log.txt"):
+        yield
 
 
 def train(record: Record, config: RunConfig, store: Store, folder: Path, progress: Progress | None) -> Record:
@@ -111,6 +127,9 @@ def train(record: Record, config: RunConfig, store: Store, folder: Path, progres
             layout=trainer.layout,
         )
         measured = trainer.run()
+        step, why = trainer.step, [trainer.bench.why, *trainer.step.notes]
+        extra = {**record.extra, "compiled": step.compiled, "step_reason": "; ".join(why)}
+        record = dataclasses.replace(record, step_mode=step.mode, extra=extra)
         if findings := measured.pop("findings"):
             record = dataclasses.replace(record, extra={**record.extra, "findings": findings})
         return dataclasses.replace(record, status="ok", **measured)
@@ -119,7 +138,7 @@ def train(record: Record, config: RunConfig, store: Store, folder: Path, progres
     except UserError:
         raise
     except Exception as error:
-        if is_out_of_memory(error):
+        if environment.out_of_memory(error):
             return dataclasses.replace(record, status="oom", reason=" ".join(str(error).split())[:300])
         log.error("%s failed:\n%s", record.run_id, traceback.format_exc())
         return dataclasses.replace(record, status="failed", reason=f"{type(error).__name__}: {error}"[:500])
@@ -155,7 +174,7 @@ def conditions(config: RunConfig) -> dict[str, Any]:
         "batch_size": config.batch_size,
         "d_model": backbone.d_model,
         "num_layers": backbone.num_layers,
-        "num_devices": 1,
+        "num_devices": parallel.world().size,
         "host": environment.host(),
         "precision": config.train.precision,
         "torch": torch.__version__,
@@ -187,12 +206,6 @@ def log_to(path: Path) -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         handler.close()
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """PyTorch raises its own error on a GPU and a plain RuntimeError on the CPU."""
-    text = str(error)
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text
 
 
 def release_memory() -> None:

@@ -125,7 +125,10 @@ class TrainConfig:
     micro_batch: int | None = setting(None, low=1)  # rows per forward; None: the whole batch
     precision: str = setting("fp32", choices=("fp32", "tf32", "bf16", "fp16"))
     layout: str = setting("auto", choices=("auto", "packed", "padded"))
-    step_mode: str = setting("auto", choices=("auto", "eager", "compiled"))
+    step_mode: str = setting("auto", choices=("auto", "eager", "compiled", "captured"))
+    compile: bool | None = None  # torch.compile within a captured step; None: where it pays for its time
+    activation_checkpointing: bool = False  # recompute each layer in the backward pass instead of keeping it
+    data: str = setting("auto", choices=("auto", "device", "stream"), semantic=False)  # where the store lies
     eval_every: int | None = setting(None, low=1)  # steps; None: ten times a run
     eval_batch_size: int | None = setting(None, low=1, semantic=False)
     selection: str = setting("best_val", choices=("best_val", "last"))

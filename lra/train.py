@@ -2,6 +2,7 @@
 
 import json
 import logging
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,20 +13,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lra import checkpoint, cost, environment, records
+from lra import checkpoint, cost, environment, parallel, records, workbench
 from lra.architecture import ArchitectureStep
-from lra.assembly import build_model, choose_layout
+from lra.assembly import choose_layout
 from lra.config import RunConfig
-from lra.data.batch import Batch, Batches, decoding, token_sizes
+from lra.data.batch import Batches, Plan, decoding
 from lra.data.store import Store
 from lra.errors import UserError
 from lra.schedule import Schedule
-from lra.step import Step, choose_mode
-from lra.stop import Stop, stop_requested
+from lra.stop import Stop, StopRequest, stop_requested
 
 log = logging.getLogger(__name__)
 
 WARMUP_STEPS = 10  # untimed steps after a start: kernels load, allocators settle
+STEPS_BETWEEN_AGREEMENTS = 16  # of several processes, on whether to stop
 EVALUATIONS = 10  # a run, where the config does not say
 
 LAST, BEST = (
@@ -52,7 +53,7 @@ class State:
     timed_tokens: int = 0
     eval_s: float = 0.0
     wall_s: float = 0.0
-    compile_s: float = 0.0
+    compile_s: float = 0.0  # compiling and capturing
     lines: int = 0  # of metrics.jsonl
     schedule: dict[str, Any] = field(default_factory=dict)
 
@@ -68,22 +69,33 @@ class Trainer:
         self.started = time.perf_counter()
         self.config, self.store, self.folder = config, store, folder
         self.progress = progress or (lambda event: None)
+        self.world = parallel.world()
+        self.first = self.world.rank == 0  # of the processes of this run; it alone writes
         train = config.train
+        parallel.check_batch(config.batch_size, train.micro_batch, self.world)
         self.device = environment.pick_device(train.device)
         self.run_id = config.run_id(store.data_hash)
         self.layout = choose_layout(config)
         environment.set_precision(train.precision, deterministic=train.deterministic)
         environment.seed_everything(config.seed)
-        tokens = config.task.input == "tokens"
-        self.model = build_model(config, vocab_size=store.vocab_size if tokens else None).to(self.device)
-        self.mode, why = choose_mode(train)
-        log.info("step: %s (%s); layout: %s; device: %s", self.mode, why, self.layout, self.device)
-        self.step = Step(self.model, train, self.device, self.mode)
+        bench = workbench.of(config, store, self.device, self.layout)
+        self.bench, self.step, self.model = bench, bench.step, bench.model
+        self.mode = self.step.mode
+        log.info(
+            "step: %s%s (%s); layout: %s; device: %s; data: %s%s",
+            self.mode,
+            ", compiled" if self.step.compiled and self.mode == "captured" else "",
+            bench.why,
+            self.layout,
+            self.device,
+            bench.where,
+            "; goes on with the step of the run before" if bench.reused else "",
+        )
+        self.compiled_before = self.step.compile_s
         self.architecture = ArchitectureStep.of(self.step, config)
         self.schedule = Schedule(train)
         self.state = State()
         self.warmup_left = WARMUP_STEPS
-        self.losses: list[Tensor] = []  # of the steps since the last line of metrics.jsonl
         self.batches = {split: self._batches(split) for split in ("train", "val", "test")}
         if self.architecture:
             self.batches["architecture"] = self._batches("val", config.batch_size)
@@ -94,26 +106,22 @@ class Trainer:
                 )
 
     def _batches(self, split: str, size: int | None = None) -> Batches:
-        config, rows = self.config, self.store.split(split)
+        config = self.config
         evaluated = config.train.eval_batch_size or config.batch_size
-        size = size or (config.batch_size if split == "train" else evaluated)
-        batches = Batches(
-            rows,
+        return Batches(
+            self.store.split(split),
             documents=config.task.documents,
             length=config.length,
             padded_length=config.padded_length,
-            batch_size=size,
+            batch_size=size or (config.batch_size if split == "train" else evaluated),
             device=self.device,
             packed=self.layout == "packed",
             seed=config.seed,
+            token_sizes=self.bench.token_sizes if self.mode != "eager" else (),
+            source=self.bench.source,
+            world=self.world,
             **decoding(config.task),
         )
-        if self.mode == "compiled" and self.layout == "packed" and not batches.full:
-            rows_per_forward = min(size, config.train.micro_batch or size)
-            batches.token_sizes = token_sizes(
-                batches.lengths, rows_per_forward, config.task.documents, seed=config.seed
-            )
-        return batches
 
     def run(self) -> dict[str, Any]:
         """Trains, or goes on from the checkpoint; returns the measured fields of the record."""
@@ -126,55 +134,60 @@ class Trainer:
         train, state = self.config.train, self.state
         eval_every = train.eval_every or max(1, train.num_steps // EVALUATIONS)
         checkpoint_every = train.checkpoint_every or eval_every
-        bad_step = torch.full((), -1, device=self.device)
         segment = _Segment(self)
         with stop_requested() as stop:
             while state.step < train.num_steps:
-                if stop.signal is not None:
+                if self._asked_to_stop(stop):
                     segment.close()
                     self._save()
-                    raise Stop(stop.signal)
-                self.model.train()
+                    raise Stop(stop.signal or signal.SIGTERM)
                 self.model.training_update(state.step)
-                parts = self.batches["train"].train(state.step, micro_batch=train.micro_batch)
-                loss = self.step(
-                    parts, lr=self.schedule.lr(state.step), beta1=self.schedule.beta1(state.step)
+                plans = self.batches["train"].plans(state.step, micro_batch=train.micro_batch)
+                self.step.train(
+                    self.batches["train"],
+                    plans,
+                    lr=self.schedule.lr(state.step),
+                    beta1=self.schedule.beta1(state.step),
                 )
                 if self.architecture and state.step >= self.architecture.first:
                     held_out = self.batches["architecture"]
-                    self.architecture(held_out.train(state.step, micro_batch=train.micro_batch))
-                bad_step = torch.where((bad_step < 0) & ~torch.isfinite(loss), state.step, bad_step)
-                self.losses.append(loss)
+                    self.architecture(held_out, held_out.plans(state.step, micro_batch=train.micro_batch))
                 state.step += 1
-                segment.count(parts)
+                segment.count(plans)
                 last = state.step == train.num_steps
                 if state.step % train.log_every == 0 or last:
-                    self._log(bad_step)
+                    self._log()
                 if state.step % eval_every == 0 or last:
                     segment.close()
-                    self._raise_if_diverged(bad_step)
+                    self._raise_if_diverged(self.step.first_bad())
                     self._evaluate_and_keep()
                     segment = _Segment(self)
                 if state.step % checkpoint_every == 0 or last:
                     segment.close()
                     self._save()
                     segment = _Segment(self)
-            if stop.signal is not None:
-                raise Stop(stop.signal)
+            if self._asked_to_stop(stop):
+                raise Stop(stop.signal or signal.SIGTERM)
 
-    def _log(self, bad_step: Tensor) -> None:
-        mean = torch.stack(self.losses).mean().item()
-        self.losses = []
-        self._raise_if_diverged(bad_step)
+    def _asked_to_stop(self, stop: StopRequest) -> bool:
+        """Whether this process, or another one of the run, got a signal; several agree every few steps."""
+        if self.world.size > 1 and self.state.step % STEPS_BETWEEN_AGREEMENTS:
+            return False
+        return parallel.any_process(stop.signal is not None)
+
+    def _log(self) -> None:
+        mean, bad = self.step.read()
+        self._raise_if_diverged(bad)
         self._write_line({"step": self.state.step, "loss": mean, "lr": self.schedule.lr(self.state.step - 1)})
         self._tell(loss=mean)
 
-    def _raise_if_diverged(self, bad_step: Tensor) -> None:
-        if (step := int(bad_step.item())) >= 0:
+    def _raise_if_diverged(self, step: int | None) -> None:
+        if step is not None:
             raise Diverged(f"loss is not finite at step {step}")
 
     def _evaluate_and_keep(self) -> None:
         state, started = self.state, time.perf_counter()
+        parallel.check_equal(self.model)
         accuracy, loss, _ = self.evaluate("val")
         state.eval_s += time.perf_counter() - started
         self.schedule.observe(accuracy)
@@ -185,21 +198,25 @@ class Trainer:
             if self.config.train.selection == "best_val":
                 self._save_best()
 
-    @torch.no_grad()
     def evaluate(self, split: str) -> tuple[float, float, np.ndarray]:
         """Accuracy, mean loss and predictions of the present weights on every example of a split, each
-        once.
+        once. Waits for the device at the end alone.
         """
-        self.model.eval()
         batches = self.batches[split]
-        predicted, total_loss = [], torch.zeros((), device=self.device, dtype=torch.float64)
-        for batch in batches.in_order():
-            logits = self.step.logits(batch)
-            predicted.append(logits.argmax(-1))
-            total_loss += torch.nn.functional.cross_entropy(logits, batch.labels, reduction="sum").double()
-        predictions = torch.cat(predicted)
-        accuracy = (predictions == batches.labels).double().mean().item()
-        return accuracy, (total_loss / batches.num_rows).item(), predictions.to(torch.uint8).cpu().numpy()
+        counts = [len(part) for part in parallel.shares(np.arange(batches.num_rows), self.world)]
+        predictions = torch.empty(counts[self.world.rank], dtype=torch.int64, device=self.device)
+        total_loss = torch.zeros((), device=self.device, dtype=torch.float64)
+        done = 0
+        for plan in batches.plans_in_order():
+            predicted, loss = self.step.predict(batches, plan)
+            predictions[done : done + len(predicted)] = predicted
+            total_loss += loss
+            done += len(predicted)
+        predictions = parallel.gather_rows(predictions, counts)
+        parallel.sum_(total_loss)
+        accuracy = (predictions == batches.device_labels).double().mean()
+        accuracy, mean_loss = torch.stack([accuracy, total_loss / batches.num_rows]).tolist()
+        return accuracy, mean_loss, predictions.to(torch.uint8).cpu().numpy()
 
     def _measure_cost(self) -> dict[str, Any]:
         """FLOPs of a step and, on the CPU, its peak memory, from a copy of the model, on the first batch; not
@@ -207,12 +224,15 @@ class Trainer:
         """
         if self.architecture:
             return {}
-        self.model.train()
-        parts = self.batches["train"].train(0, micro_batch=self.config.train.micro_batch)
+        batches = self.batches["train"]
+        plans = batches.plans(0, micro_batch=self.config.train.micro_batch)
         trial = cost.Trial(self.step)
-        found: dict[str, Any] = {"flops_per_step": trial.flops(parts)}
+        flops = trial.flops(batches, plans)
+        if flops is not None:
+            flops = int(parallel.sum_(torch.tensor(flops)))
+        found: dict[str, Any] = {"flops_per_step": flops}
         if self.device.type == "cpu":
-            found["peak_mem_mib"] = trial.cpu_peak_mib(parts)
+            found["peak_mem_mib"] = trial.cpu_peak_mib(batches, plans)
         return found
 
     def _finish(self) -> dict[str, Any]:
@@ -220,8 +240,9 @@ class Trainer:
         config, state = self.config, self.state
         peak = {}
         if self.device.type == "cuda":
-            data_bytes = sum(b.device_bytes for b in self.batches.values())
-            peak = {"peak_mem_mib": cost.cuda_peak_mib(self.device, data_bytes)}
+            sources = {id(b.source): b.source for b in self.batches.values()}
+            data_bytes = sum(source.device_bytes for source in sources.values())
+            peak = {"peak_mem_mib": cost.cuda_peak_mib(self.device, data_bytes, self.step)}
         val_accuracy, best_step = state.best_accuracy, state.best_step
         if config.train.selection == "best_val":
             self.model.load_state_dict(checkpoint.load(self.folder / BEST, **self._owner())["model"])
@@ -231,8 +252,9 @@ class Trainer:
         accuracy, _, predictions = self.evaluate("test")
         state.eval_s += time.perf_counter() - started
         test = self.batches["test"]
-        labels = test.labels.cpu().numpy()
-        records.save_predictions(self.folder, predictions, labels)
+        labels = test.labels
+        if self.first:
+            records.save_predictions(self.folder, predictions, labels)
         per_step = state.train_s / state.timed_steps if state.timed_steps else None
         rows_per_s = 1 / per_step * config.batch_size if per_step else None
         return peak | {
@@ -252,7 +274,7 @@ class Trainer:
             "train_s": state.train_s,
             "eval_s": state.eval_s,
             "wall_s": self.wall_s,
-            "compile_s": state.compile_s,
+            "compile_s": state.compile_s + self._compile_s(),
             "reserved_mib": cost.reserved_mib(self.device),
             "findings": findings
             if any(findings := [m.findings() for m in self.model.mechanisms()])
@@ -263,6 +285,10 @@ class Trainer:
     def wall_s(self) -> float:
         """Seconds spent on this run, earlier tries that it goes on from included."""
         return self.state.wall_s + time.perf_counter() - self.started
+
+    def _compile_s(self) -> float:
+        """Seconds that this process compiled and captured for this run."""
+        return self.step.compile_s - self.compiled_before
 
     def _tell(self, **event: Any) -> None:
         self.progress(
@@ -275,9 +301,11 @@ class Trainer:
         )
 
     def _write_line(self, line: dict[str, Any]) -> None:
+        self.state.lines += 1
+        if not self.first:
+            return
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
-        self.state.lines += 1
 
     # Checkpoints: everything that the rest of the run depends on.
 
@@ -287,43 +315,58 @@ class Trainer:
 
     def _save_best(self) -> None:
         saved = {**self._owner(), "step": self.state.step, "model": self.model.state_dict()}
-        checkpoint.save(saved, self.folder / BEST)
+        if self.first:
+            checkpoint.save(saved, self.folder / BEST)
+        parallel.barrier()
 
     def _save(self) -> None:
         self.state.schedule = self.schedule.state()
         cuda = self.device.type == "cuda"
         saved = {
             **self._owner(),
-            "state": {**vars(self.state), "wall_s": self.wall_s},
-            "losses": [loss.item() for loss in self.losses],
+            "state": {
+                **vars(self.state),
+                "wall_s": self.wall_s,
+                "compile_s": self.state.compile_s + self._compile_s(),
+            },
             "model": self.model.state_dict(),
-            "optimizer": self.step.optimizer.state_dict(),
-            "scaler": self.step.scaler.state_dict(),
+            "step": self.step.state(),
             "architecture": self.architecture and self.architecture.state_dict(),
-            "cpu_random": torch.get_rng_state(),
-            "gpu_random": torch.cuda.get_rng_state(self.device) if cuda else None,
+            "cpu_random": self._of_all(torch.get_rng_state()),
+            "gpu_random": self._of_all(torch.cuda.get_rng_state(self.device)) if cuda else None,
         }
-        checkpoint.save(saved, self.folder / LAST)
+        if self.first:
+            checkpoint.save(saved, self.folder / LAST)
+        parallel.barrier()
+
+    def _of_all(self, state: Tensor) -> Tensor:
+        """The random states of all processes, a row each."""
+        return parallel.gather_rows(state[None], [1] * self.world.size)
 
     def _resume(self) -> None:
         path, metrics = self.folder / LAST, self.folder / "metrics.jsonl"
         if not path.is_file():
-            metrics.unlink(missing_ok=True)
+            if self.first:
+                metrics.unlink(missing_ok=True)
             return
         saved = checkpoint.load(path, **self._owner())
+        if len(saved["cpu_random"]) != self.world.size:
+            raise UserError(
+                f"the checkpoint {path} was written by {len(saved['cpu_random'])} processes and this run has "
+                f"{self.world.size}; start as many again, or add --force to begin anew"
+            )
         self.model.load_state_dict(saved["model"])
-        self.step.optimizer.load_state_dict(saved["optimizer"])
-        self.step.scaler.load_state_dict(saved["scaler"])
+        self.step.load(saved["step"])
         if self.architecture:
             self.architecture.load_state_dict(saved["architecture"])
         self.state = State(**saved["state"])
-        self.losses = [torch.tensor(loss, device=self.device) for loss in saved["losses"]]
         self.schedule = Schedule(self.config.train, **self.state.schedule)
-        torch.set_rng_state(saved["cpu_random"].cpu())
+        torch.set_rng_state(saved["cpu_random"][self.world.rank].cpu())
         if saved["gpu_random"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(saved["gpu_random"].cpu(), self.device)
-        kept = metrics.read_text().splitlines(keepends=True)[: self.state.lines] if metrics.is_file() else []
-        metrics.write_text("".join(kept))
+            torch.cuda.set_rng_state(saved["gpu_random"][self.world.rank].cpu(), self.device)
+        if self.first:
+            kept = metrics.read_text().splitlines(keepends=True) if metrics.is_file() else []
+            metrics.write_text("".join(kept[: self.state.lines]))
         log.info("resumed %s at step %d", self.run_id, self.state.step)
 
 
@@ -333,38 +376,36 @@ class _Segment:
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.steps = self.tokens = 0
-        self.opened = time.perf_counter()
-        self.started: float | None = None if trainer.warmup_left else self.opened
+        self._open()
+        if trainer.warmup_left:
+            self.started = None
 
-    def count(self, parts: list[Batch]) -> None:
+    def _open(self) -> None:
+        self.started: float | None = time.perf_counter()
+        self.compiled_before = self.trainer.step.compile_s
+
+    def count(self, plans: list[Plan]) -> None:
         """Called after each step with its batch."""
         if self.started is not None:
             self.steps += 1
-            self.tokens += sum(part.num_tokens for part in parts)
+            self.tokens += sum(plan.num_tokens for plan in plans)
             return
         self.trainer.warmup_left -= 1
         if self.trainer.warmup_left == 0:
-            self._book_compilation()
-            self.started = time.perf_counter()
+            environment.synchronize(self.trainer.device)
             cost.reset_peak(self.trainer.device)
+            self._open()
 
     def close(self) -> None:
-        if self.started is None:
-            self._book_compilation()
-            return
         environment.synchronize(self.trainer.device)
+        if self.started is None:
+            return
+        compiling = self.trainer.step.compile_s - self.compiled_before
         state = self.trainer.state
-        state.train_s += time.perf_counter() - self.started
+        state.train_s += time.perf_counter() - self.started - compiling
         state.timed_steps += self.steps
         state.timed_tokens += self.tokens
         self.started = None
-
-    def _book_compilation(self) -> None:
-        """In compiled mode the untimed first steps are what compiling took."""
-        environment.synchronize(self.trainer.device)
-        if self.trainer.mode == "compiled":
-            self.trainer.state.compile_s += time.perf_counter() - self.opened
-        self.opened = time.perf_counter()
 
 
 def accuracy_by_length(right: np.ndarray, lengths: np.ndarray, documents: int) -> dict[str, dict] | None:

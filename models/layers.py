@@ -1,6 +1,7 @@
 """Norms, feed-forward and dropout that the backbone and whole-block mechanisms share."""
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -35,10 +36,34 @@ class ScaleNorm(nn.Module):
         return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * self.scale).to(x.dtype)
 
 
+class _SumOfAll(torch.autograd.Function):
+    """The sum of a tensor over all processes of a run, on each of them.
+
+    Every process takes gradients of its own share of the loss, so that of a summand is their sum too.
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad
+
+
+def _several_processes() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 class BatchNorm(nn.Module):
     """Batch normalisation over tokens (arXiv 1502.03167), by default over the real ones alone.
 
-    `stats="all"` counts padding too, as code does that calls torch's BatchNorm1d on a padded batch.
+    `stats="all"` counts padding too, as code does that calls torch's BatchNorm1d on a padded batch. Where
+    several processes train on parts of a batch, its statistics are those of the whole batch.
     """
 
     def __init__(self, width: int, *, eps: float = 1e-5, momentum: float = 0.1, stats: str = "real") -> None:
@@ -59,12 +84,14 @@ class BatchNorm(nn.Module):
 
     def _batch_statistics(self, x: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
         rows = x.flatten(0, -2)
-        if real is None:
-            count = torch.tensor(float(rows.shape[0]), device=x.device, dtype=x.dtype)
+        weight = None if real is None else real.reshape(-1, 1).to(rows.dtype)
+        if _several_processes():
+            count, mean, var = _moments_of_all(rows, weight)
+        elif weight is None:
+            count = rows.new_full((), rows.shape[0])
             mean = rows.mean(0)
             var = (rows - mean).square().mean(0)
         else:
-            weight = real.reshape(-1, 1).to(rows.dtype)
             count = weight.sum().clamp_min(1)
             mean = (rows * weight).sum(0) / count
             var = ((rows - mean).square() * weight).sum(0) / count
@@ -73,6 +100,19 @@ class BatchNorm(nn.Module):
             unbiased = var * count / (count - 1).clamp_min(1)
             self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
         return mean, var
+
+
+def _moments_of_all(rows: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Count [], mean [d] and variance [d] of the rows [n d] of all processes; weight [n 1], None for ones."""
+
+    def total(x: Tensor) -> Tensor:
+        return x.sum(0) if weight is None else (x * weight).sum(0)
+
+    here = rows.new_full((1,), rows.shape[0]) if weight is None else weight.sum(0)
+    sums = _SumOfAll.apply(torch.cat([total(rows), here]))
+    count = sums[-1].detach().clamp_min(1)
+    mean = sums[:-1] / count
+    return count, mean, _SumOfAll.apply(total((rows - mean).square())) / count
 
 
 class NoNorm(nn.Module):

@@ -9,7 +9,9 @@ Differs  no
 """
 # b batch, h heads, l length, t packed tokens, d head dim
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,7 @@ from models.common import Mixer, Place, Traits, masked_softmax, register
 from models.packed import pad_packed, unpad_packed
 
 KERNELS = ("fused", "math")
+FLASH_WIDEST_HEAD = 256
 LOOP_PAYS_FROM = (
     512  # padded length from which one call per sequence is cheaper on a CPU than scores of padding
 )
@@ -36,14 +39,53 @@ def softmax_math(
 def softmax_fused(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, dropout: float = 0.0
 ) -> Tensor:
-    """PyTorch's fused kernel. q, k, v: [b h l d], mask: [b l] bool, True = real -> [b h l d]."""
+    """PyTorch's fused kernels. q, k, v: [b h l d], mask: [b l] bool, True = real -> [b h l d].
+
+    Given a mask, its kernels compute the padded keys too: where FlashAttention runs, it gets the real ones
+    only.
+    """
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
     some = mask.any(dim=-1, keepdim=True)  # kernels differ on rows without a key: give them all, then zero
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=(mask | ~some)[:, None, None, :], dropout_p=dropout
-    )
+    keys = mask | ~some
+    if flash_runs(q, k, v):
+        out = softmax_compacted(q, k, v, keys, partial(flash, dropout=dropout))
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=keys[:, None, None, :], dropout_p=dropout)
     return out * some[:, None, :, None]
+
+
+def softmax_compacted(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, kernel: Callable[..., Tensor]) -> Tensor:
+    """`kernel` on every query and the real keys alone. q, k, v: [b h l d], mask: [b l] bool -> [b h l d].
+
+    kernel(q, k, v, cu_queries, cu_keys, l) gets rows [b*l h d], of which sequence i has the keys from
+    cu_keys[i] to cu_keys[i + 1]; later rows are filler, whose gradients may hold anything.
+    """
+    batch_size, _, length, _ = q.shape
+    cu_keys = F.pad(mask.sum(dim=1).cumsum(0), (1, 0))
+    ends = (cu_keys[:-1, None] + mask.cumsum(dim=1)).flatten()  # [b*l] real keys up to and with this one
+    rows = torch.arange(batch_size * length, device=q.device)
+    order = torch.searchsorted(ends, rows, right=True).clamp(max=batch_size * length - 1)
+    slot = (ends - 1).clamp(min=0)
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+    k, v = (_Compact.apply(x, order, slot, mask.flatten()) for x in (k, v))
+    cu_queries = torch.arange(batch_size + 1, device=q.device) * length
+    out = kernel(q, k, v, cu_queries.to(torch.int32), cu_keys.to(torch.int32), length)
+    return out.unflatten(0, (batch_size, length)).transpose(1, 2)
+
+
+class _Compact(torch.autograd.Function):
+    """Rows [t ...] by index; real row i went to row slot[i], and from there alone comes its gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, order: Tensor, slot: Tensor, real: Tensor) -> Tensor:
+        ctx.save_for_backward(slot, real)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        slot, real = ctx.saved_tensors
+        return torch.where(real[:, None, None], grad.index_select(0, slot), 0), None, None, None
 
 
 def softmax_varlen(
@@ -51,16 +93,39 @@ def softmax_varlen(
 ) -> Tensor:
     """FlashAttention over packed rows, no padding computed. q, k, v: [t h d] in half precision on a GPU ->
     [t h d].
-
-    The operator behind `torch.nn.attention.varlen`, called directly because that wrapper has no dropout.
     """
     real = (torch.arange(q.shape[0], device=q.device) < cu_seqlens[-1])[:, None, None]
     q, k, v = (torch.where(real, x, 0) for x in (q, k, v))  # the kernel leaves filler rows unwritten, also in
     cu_seqlens = cu_seqlens.to(torch.int32)  # its gradients: neither may reach a product with a weight
+    return torch.where(real, flash(q, k, v, cu_seqlens, cu_seqlens, max_len, dropout=dropout), 0)
+
+
+def flash(
+    q: Tensor, k: Tensor, v: Tensor, cu_queries: Tensor, cu_keys: Tensor, max_len: int, *, dropout: float
+) -> Tensor:
+    """The operator behind `torch.nn.attention.varlen`, called directly because that wrapper has no dropout.
+
+    q, k, v: [t h d]; sequence i has the queries from cu_queries[i] to cu_queries[i + 1] (int32), keys
+    likewise, none more than max_len -> [t h d], unwritten at rows of no sequence, as are gradients.
+    """
     out, *_ = torch.ops.aten._flash_attention_forward(
-        q, k, v, cu_seqlens, cu_seqlens, max_len, max_len, dropout, False, False
+        q, k, v, cu_queries, cu_keys, max_len, max_len, dropout, False, False
     )
-    return torch.where(real, out, 0)
+    return out
+
+
+def flash_runs(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether `flash` takes such tensors: half precision, heads as wide as it has kernels for, on a GPU that
+    runs them.
+    """
+    half = q.dtype in (torch.float16, torch.bfloat16) and q.dtype == k.dtype == v.dtype
+    width = q.shape[-1]
+    return half and width % 8 == 0 and width <= FLASH_WIDEST_HEAD and q.is_cuda and _flash_device(q.device)
+
+
+@torch.compiler.assume_constant_result
+def _flash_device(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def softmax_by_sequence(
@@ -105,8 +170,7 @@ class Softmax(Mixer):
         return attend(q, k, v, mask, dropout=self.dropout)
 
     def attend_packed(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
-        half = q.dtype in (torch.float16, torch.bfloat16)
-        if self.kernel == "fused" and q.is_cuda and half:
+        if self.kernel == "fused" and flash_runs(q, k, v):
             return softmax_varlen(q, k, v, cu_seqlens, max_len, dropout=self.dropout)
         loop = q.device.type == "cpu" and max_len >= LOOP_PAYS_FROM and not torch.compiler.is_compiling()
         if self.kernel == "fused" and loop:

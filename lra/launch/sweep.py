@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lra import environment, run
+from lra import environment, parallel, run
 from lra.config import RunConfig, compose, expand
 from lra.errors import UserError
 from lra.launch.display import Display
@@ -26,6 +26,10 @@ def train(overrides: Sequence[str], *, multirun: bool = False, force: bool = Fal
     Every config is resolved before the first run starts, so that a typing error in one costs nothing.
     """
     configs = [compose(one) for one in expand(overrides)] if multirun else [compose(overrides)]
+    if parallel.launched():
+        if multirun:
+            raise UserError("torchrun starts one run over several processes; start a sweep without it")
+        parallel.start(configs[0].train.device)
     checked = set()
     for config in configs:
         if (identity := json.dumps(config.identity(), sort_keys=True)) not in checked:
@@ -47,6 +51,8 @@ def train(overrides: Sequence[str], *, multirun: bool = False, force: bool = Fal
 def _run_here(config: RunConfig, *, force: bool, labels: dict[str, Any]) -> Record:
     store = run.prepared(config)
     run_id = config.run_id(store.data_hash)
+    if not parallel.is_first():
+        return run.execute(config, force=force, **labels)
     with Display(1) as display:
         display({"kind": "start", "run_id": run_id})
         record = run.execute(

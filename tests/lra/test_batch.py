@@ -14,6 +14,7 @@ class FakeSplit:
     tokens: np.ndarray
     offsets: np.ndarray
     labels: np.ndarray
+    name: str = "train"
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -92,7 +93,7 @@ def test_packed_batches_are_filled_up_to_one_of_the_given_sizes():
 
 def test_at_most_four_sizes_hold_every_possible_batch():
     lengths = np.random.default_rng(0).integers(500, 2000, 5000)
-    sizes = token_sizes(lengths, 32, 1)
+    sizes = token_sizes([lengths], [32], 1)
     assert len(sizes) <= 4 and sizes[-1] == np.sort(lengths)[-32:].sum()
 
 
@@ -131,7 +132,7 @@ def test_micro_batches_are_the_batch_in_parts():
 
 def test_sixteen_thousand_positions_of_one_byte_each_are_gathered_without_copying_the_split():
     made = batches([16_384] * 8, length=16_384, padded_length=16_384)
-    assert made.device_bytes < 8 * 16_384 + 1000
+    assert made.source.device_bytes < 8 * 16_384 + 1000
     assert next(made.in_order()).inputs.shape == (3 * 16_384,)
 
 

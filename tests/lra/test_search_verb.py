@@ -8,8 +8,8 @@ from lra.architecture import WARMUP_SHARE, ArchitectureStep
 from lra.config import compose
 from lra.data.prepare import prepare
 from lra.errors import UserError
+from lra.optimizer import is_architecture
 from lra.search import Found, retraining, search, searching, told
-from lra.step import is_architecture, parameter_groups
 from lra.train import Trainer
 
 SEARCH = ["model=search", "model.candidates=[identity,softmax]"]
@@ -26,15 +26,20 @@ def split_parameters(made) -> tuple[list, list]:
     return [p for p in every if is_architecture(p)], [p for p in every if not is_architecture(p)]
 
 
+def take_architecture_step(made) -> None:
+    held_out = made.batches["architecture"]
+    made.architecture(held_out, held_out.plans(0, micro_batch=made.config.train.micro_batch))
+
+
 def test_training_batches_move_mixers_alone_and_validation_batches_weights_alone(tiny, tmp_path):
     made = trainer(tiny(*SEARCH), tmp_path)
     sought, others = split_parameters(made)
     before = [p.detach().clone() for p in (*sought, *others)]
-    made.step(made.batches["train"].train(0), lr=0.1)
+    made.step.train(made.batches["train"], made.batches["train"].plans(0), lr=0.1)
     assert all(torch.equal(p, b) for p, b in zip(sought, before, strict=False))
     assert any(not torch.equal(p, b) for p, b in zip(others, before[len(sought) :], strict=True))
     before = [p.detach().clone() for p in others]
-    made.architecture(made.batches["architecture"].train(0))
+    take_architecture_step(made)
     assert all(torch.equal(p, b) for p, b in zip(others, before, strict=True))
     assert made.model.mechanisms()[0].findings() != pytest.approx({"identity": 0.5, "softmax": 0.5})
 
@@ -42,20 +47,20 @@ def test_training_batches_move_mixers_alone_and_validation_batches_weights_alone
 def test_validation_rows_train_the_weights(tiny, tmp_path):
     made = trainer(tiny(*SEARCH), tmp_path)
     assert made.batches["architecture"].num_rows == made.batches["val"].num_rows == 100
-    assert torch.equal(made.batches["architecture"].tokens, made.batches["val"].tokens)
+    assert made.batches["architecture"].split is made.batches["val"].split
 
 
 def test_no_optimizer_of_weights_where_nothing_is_sought(tiny, tmp_path):
     made = trainer(tiny(), tmp_path)
     assert made.architecture is None
     assert ArchitectureStep.of(made.step, made.config) is None
-    grouped = sum(len(group["params"]) for group in parameter_groups(made.model, 0.0))
+    grouped = len(made.step.optimizer.parameters)
     assert grouped == len(list(made.model.parameters()))
 
 
 def test_the_weights_wait_until_the_mixers_have_begun_to_learn(tiny, tmp_path, monkeypatch):
     steps = []
-    monkeypatch.setattr(ArchitectureStep, "__call__", lambda self, batch: steps.append(made.state.step))
+    monkeypatch.setattr(ArchitectureStep, "__call__", lambda self, *_: steps.append(made.state.step))
     made = trainer(tiny(*SEARCH), tmp_path)
     made.run()
     assert steps == list(range(round(WARMUP_SHARE * 20), 20))
@@ -155,7 +160,7 @@ def test_micro_batches_make_one_update_of_the_same_size(tiny, tmp_path):
     for micro in ("null", "8"):
         made = trainer(tiny(*SEARCH, f"train.micro_batch={micro}"), tmp_path / micro)
         made.model.eval()  # no dropout between the two
-        made.architecture(made.batches["architecture"].train(0, micro_batch=made.config.train.micro_batch))
+        take_architecture_step(made)
         found.append(made.model.mechanisms()[0].embeddings.detach().clone())
     torch.testing.assert_close(*found)
 
@@ -165,7 +170,7 @@ def test_validation_batches_leave_statistics_and_centroids_alone(tiny, tmp_path)
     made = trainer(tiny(*own), tmp_path)
     made.model.train()
     before = {name: buffer.clone() for name, buffer in made.model.named_buffers()}
-    made.architecture(made.batches["architecture"].train(0))
+    take_architecture_step(made)
     assert len(before) > 4
     assert all(torch.equal(buffer, before[name]) for name, buffer in made.model.named_buffers())
 

@@ -1,0 +1,53 @@
+"""Rows of a table by id, whose gradient needs no atomic additions where the table is short."""
+# v rows of the table, t ids, d width, n chunks, c ids of a chunk
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.common import at_least_fp32, full_precision
+
+SHORT = 32  # rows of a table up to which its gradient is taken by products
+CHUNK = 256  # ids that one product adds up
+
+
+def lookup(table: Tensor, ids: Tensor) -> Tensor:
+    """table [v d], ids [...] int -> [... d]; on a GPU a short table gets its gradient by products."""
+    if table.is_cuda and table.shape[0] <= SHORT:
+        return lookup_short(table, ids)
+    return F.embedding(ids, table)
+
+
+def lookup_short(table: Tensor, ids: Tensor) -> Tensor:
+    """`lookup` whose gradient, the sum of what came to all ids of a row, is a product with one-hot vectors.
+
+    Compiled for a GPU, an embedding's is atomic additions, which wait for each other where a few rows have
+    all the ids; a product gives the same bits every time.
+    """
+    return _Lookup.apply(table, ids)
+
+
+def sums_by_id(rows: Tensor, ids: Tensor, count: int) -> Tensor:
+    """rows [t d], at least float32, ids [t] below `count` -> [count d], the sum of the rows of each id."""
+    chunks = -(-ids.shape[0] // CHUNK)
+    filler = chunks * CHUNK - ids.shape[0]
+    if torch.compiler.is_compiling() or filler:  # uncompiled, no filler would be a copy; compiled, a branch
+        ids = F.pad(ids, (0, filler), value=count)  # would make a second form
+        rows = F.pad(rows, (0, 0, 0, filler))
+    one_hot = ids.view(chunks, 1, CHUNK) == torch.arange(count, device=ids.device)[:, None]  # [n v c]
+    with full_precision(rows):
+        return torch.bmm(one_hot.to(rows.dtype), rows.view(chunks, CHUNK, rows.shape[1])).sum(0)
+
+
+class _Lookup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, table: Tensor, ids: Tensor) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.count = table.shape[0]
+        return F.embedding(ids, table)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (ids,) = ctx.saved_tensors
+        (rows,) = at_least_fp32(grad.reshape(-1, grad.shape[-1]))
+        return sums_by_id(rows, ids.flatten(), ctx.count).to(grad.dtype), None
