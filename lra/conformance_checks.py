@@ -5,11 +5,12 @@ import math
 import torch
 from torch import Tensor
 
+from lra.conformance_packed import carry_error, packed_error
 from lra.conformance_subject import (
     EXACT,
+    POISON,
     SIZES,
     Outcome,
-    Probe,
     Subject,
     as_claimed,
     change,
@@ -24,7 +25,6 @@ from models.common import Block, Mixer, own_parameters
 
 SINGLE = 1e-4  # float32 rounding through one layer at inputs of size 1; found 1e-7 to 1e-5
 HALF = 2e-2  # bfloat16 keeps 8 bits, 4e-3 per operation; root mean square over the output, found 2e-3 to 4e-3
-POISON = 1e4
 
 
 @check("interface", "every length from 1 to a small max_len works, and one batch row or three")
@@ -240,21 +240,19 @@ def packed_agrees(subject: Subject) -> Outcome:
         if overrides and not subject.cls.traits.packed:  # an option may close a path that the class has
             return failed(f"claims packed=False, yet defines {', '.join(overrides)}")
         return not_applicable("no packed path; the backbone pads around it")
-    if subject.is_block:
-        return failed("claims packed=True, but blocks have no packed path; the backbone pads around them")
     if not overrides:
         return failed("claims packed=True, yet defines neither forward_packed nor attend_packed")
     half, real = subject.probe(max_len=64, dtype=torch.bfloat16), [64, 30]
     rows = subject.inputs(1, sum(real), dtype=torch.bfloat16)[0]
-    out = half.first.forward_packed(
-        rows, torch.tensor([0, 64, 94], dtype=torch.int32, device=rows.device), 64
-    )
+    out = half.forward_packed(rows, torch.tensor([0, 64, 94], dtype=torch.int32, device=rows.device), 64)
     _same_form(rows, out)
     padded = torch.cat([half(part[None])[0] for part in rows.split(real)])
     if not (error := _rms_error(padded.float(), out.float())) <= HALF:
         return failed(f"in bfloat16 packed and padded differ by {error:.1e}")
     rotary = [None, 10_000.0] if hasattr(subject.probe(max_len=8).first, "qkv") else [None]
-    errors = [_packed_error(subject, base, limit) for base in rotary for limit in (330, 400)]
+    errors = [packed_error(subject, base, limit) for base in rotary for limit in (330, 400)]
+    if subject.is_block:
+        errors.append(carry_error(subject))
     return within(largest(errors), EXACT)
 
 
@@ -329,51 +327,3 @@ def _rms_error(expected: Tensor, found: Tensor) -> float:
 def _overrides(cls: type, name: str) -> bool:
     base = getattr(Block if issubclass(cls, Block) else Mixer, name, None)
     return getattr(cls, name, None) is not base
-
-
-def _packed_error(subject: Subject, rotary_base: float | None, limit: int) -> float:
-    """Sequences of uneven lengths, one of them empty, and filler rows: packed against padded row by row.
-
-    The longest has more rows than any chunk; the mechanism's own `max_len` may be above the batch's, 330.
-    """
-    max_len = max(subject.lengths(330))
-    real = [subject.lengths(n)[0] for n in (5, 330, 0, 64, 1, 77)]
-    probe = subject.probe(max_len=max(subject.lengths(limit)), rotary_base=rotary_base)
-    total = sum(real)
-    rows, weight = subject.inputs(1, total + 13)[0], subject.inputs(1, total, seed=3)[0]
-    cu_seqlens = torch.tensor([0, *real], device=rows.device).cumsum(0).to(torch.int32)
-    packed, packed_grads = _packed(probe, rows, weight, cu_seqlens, max_len)
-    filler = torch.where(torch.arange(len(rows), device=rows.device)[:, None] < total, rows, POISON)
-    refilled, refilled_grads = _packed(probe, filler, weight, cu_seqlens, max_len)
-
-    x = rows.clone().requires_grad_()
-    alone = [
-        probe(x[None, stop - n : stop])[0] for n, stop in zip(real, cu_seqlens[1:].tolist(), strict=True) if n
-    ]
-    expected = torch.cat(alone)
-    expected_grads = _gradients((expected * weight).sum(), [x, *probe.parameters()])
-    pairs = [(expected, packed), (expected, refilled), *zip(expected_grads, packed_grads, strict=True)]
-    pairs += list(zip(expected_grads, refilled_grads, strict=True))
-    largest_of_all = max([1e-300, *(grad.abs().max().item() for grad in expected_grads)])
-    floor = (
-        1e-6 * largest_of_all
-    )  # a gradient that is zero but for rounding is compared with the others' size
-    return largest([change(a, b) if a.abs().max() > floor else (b - a).abs().max().item() for a, b in pairs])
-
-
-def _packed(
-    probe: Probe, rows: Tensor, weight: Tensor, cu_seqlens: Tensor, max_len: int
-) -> tuple[Tensor, list[Tensor]]:
-    x = rows.clone().requires_grad_()
-    out = probe.first.forward_packed(x, cu_seqlens, max_len)
-    if not out.isfinite().all():
-        raise ValueError("forward_packed gives values that are not finite")
-    out = out[: len(weight)]
-    return out, _gradients((out * weight).sum(), [x, *probe.parameters()])
-
-
-def _gradients(loss: Tensor, of: list[Tensor]) -> list[Tensor]:
-    if not loss.requires_grad:
-        return [torch.zeros_like(t) for t in of]
-    grads = torch.autograd.grad(loss, of, allow_unused=True)
-    return [torch.zeros_like(t) if g is None else g for t, g in zip(of, grads, strict=True)]

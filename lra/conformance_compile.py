@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from lra.conformance_subject import (
@@ -36,9 +36,9 @@ def compiled_like_eager(subject: Subject, backend: str) -> Outcome:
     mask = subject.prefix(real, length)
     x = subject.inputs(2, length, dtype=torch.float32)
     calls = {"a mask": (probe, x, (mask,)), "no mask": (probe, x, (None,))}
-    if subject.traits.packed and not subject.is_block:
+    if subject.traits.packed:
         cu_seqlens = torch.tensor([0, *real], device=x.device).cumsum(0).to(torch.int32)
-        calls["packed rows"] = (probe.first.forward_packed, x[mask], (cu_seqlens, length))
+        calls["packed rows"] = (probe.forward_packed, x[mask], (cu_seqlens, length))
     errors = {}
     for name, (call, given, others) in calls.items():
         torch._dynamo.reset()
@@ -67,35 +67,58 @@ def _outputs_and_gradients(
 def capturable(subject: Subject) -> Outcome:
     if not subject.traits.capturable:
         return not_applicable("capturable=False; the harness runs its steps uncaptured")
-    probe, (length,) = subject.probe(dtype=torch.float32), subject.lengths(100)
-    x, mask = subject.inputs(2, length, dtype=torch.float32), subject.prefix([length, length // 2], length)
+    probe, (length,) = subject.probe(dtype=torch.float32).train(), subject.lengths(100)
+    real = [length, length // 2]
+    x, mask = subject.inputs(2, length, dtype=torch.float32), subject.prefix(real, length)
+    calls = {"a mask": (probe, x, (mask,))}
+    if subject.traits.packed:
+        cu_seqlens = torch.tensor([0, *real], device=x.device).cumsum(0).to(torch.int32)
+        calls["packed rows"] = (PackedRows(probe), x[mask], (cu_seqlens, length))
     if x.is_cuda:
-        return _captured_like_eager(probe, x, mask)
-    state = {name: value.detach() for name, value in tensors_of(probe)}
-    wanted = {name for name, value in tensors_of(probe) if value.requires_grad}
-    fake = FakeTensorMode()
-    x, mask = fake.from_tensor(x), fake.from_tensor(mask)
-    state = {name: fake.from_tensor(value).requires_grad_(name in wanted) for name, value in state.items()}
-    with fake:
+        errors = [_captured_beside_eager(*call) for call in calls.values()]
+        return within(largest(errors), COMPILED, f"captured and replayed; {', '.join(calls)}")
+    for name, call in calls.items():
         try:
-            out = torch.func.functional_call(probe.train(), state, (x, mask))
-            if out.requires_grad:
-                out.sum().backward()
+            _step_without_values(*call)
         except DataDependentOutputException as error:
-            return failed(f"the step depends on a value read back: {error}")
-    return passed("on CPU: no operation asks for a value; capture itself needs a GPU")
+            return failed(f"with {name} the step depends on a value read back: {error}")
+    return passed(f"on CPU: no operation asks for a value; {', '.join(calls)}; capture itself needs a GPU")
 
 
-def _captured_like_eager(probe: Probe, x: Tensor, mask: Tensor) -> Outcome:
-    """Forward and backward recorded as a CUDA graph, replayed on new input, against eager."""
-    probe.train()
+class PackedRows(nn.Module):
+    """A probe called on packed rows: (x [t d], cu_seqlens, max_len) -> [t d]."""
+
+    def __init__(self, probe: Probe) -> None:
+        super().__init__()
+        self.probe = probe
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
+        return self.probe.forward_packed(x, cu_seqlens, max_len)
+
+
+def _step_without_values(module: nn.Module, x: Tensor, others: tuple) -> None:
+    """Forward and backward on tensors that have shapes but no values."""
+    fake = FakeTensorMode()
+    state = {
+        name: fake.from_tensor(value.detach()).requires_grad_(value.requires_grad)
+        for name, value in tensors_of(module)
+    }
+    given = [fake.from_tensor(one) if isinstance(one, Tensor) else one for one in (x, *others)]
+    with fake:
+        out = torch.func.functional_call(module, state, tuple(given))
+        if out.requires_grad:
+            out.sum().backward()
+
+
+def _captured_beside_eager(module: nn.Module, x: Tensor, others: tuple) -> float:
+    """The error of forward and backward recorded as a CUDA graph and replayed on new input."""
     x = x.clone().requires_grad_()
-    parameters = [x, *probe.parameters()]
+    parameters = [x, *module.parameters()]
 
     def step() -> list[Tensor]:
-        out = probe(x, mask)
+        out = module(x, *others)
         return (
-            [out, *torch.autograd.grad(out[:, :2].sum(), parameters, allow_unused=True)]
+            [out, *torch.autograd.grad(out[..., :2, :].sum(), parameters, allow_unused=True)]
             if out.requires_grad
             else [out]
         )
@@ -110,16 +133,12 @@ def _captured_like_eager(probe: Probe, x: Tensor, mask: Tensor) -> Outcome:
     with torch.cuda.graph(graph):
         captured = step()
     with torch.no_grad():
-        x.copy_(x.flip(1))
+        x.copy_(x.flip(-2))
     torch.manual_seed(5)  # what is drawn in training is drawn alike
     graph.replay()
     torch.manual_seed(5)
     pairs = [(a, b) for a, b in zip(step(), captured, strict=True) if a is not None]
-    return within(
-        largest([_error_beside(a, b, [p for p, _ in pairs]) for a, b in pairs]),
-        COMPILED,
-        "captured and replayed",
-    )
+    return largest([_error_beside(a, b, [p for p, _ in pairs]) for a, b in pairs])
 
 
 def _error_beside(expected: Tensor, found: Tensor, others: list[Tensor]) -> float:

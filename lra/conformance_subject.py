@@ -21,6 +21,7 @@ from models.common import Block, Place, Traits, create, own_parameters
 SIZES = (7, 100, 520)
 # float64 rounding through one layer stays below 1e-11; a leak that could matter is above 1e-7.
 EXACT = 1e-9
+POISON = 1e4  # what padding and filler rows are given, to see that it reaches nothing
 BACKBONE_SETTINGS = {
     "act_dropout": 0.0,
     **{f.name: getattr(BackboneConfig(), f.name) for f in fields(BackboneConfig)},
@@ -238,6 +239,15 @@ class Probe(nn.Module):
         carry = self.first.init_carry(x.shape[0])
         for layer in self.layers:
             x, carry = layer(x, mask, carry)
+        return x
+
+    def forward_packed(self, x: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
+        """The same over packed rows: x [t d] -> [t d]."""
+        if not isinstance(self.first, Block):
+            return self.first.forward_packed(x, cu_seqlens, max_len)
+        carry = self.first.init_carry(cu_seqlens.shape[0] - 1)
+        for layer in self.layers:
+            x, carry = layer.forward_packed(x, cu_seqlens, max_len, carry)
         return x
 
 

@@ -117,6 +117,8 @@ class Packed:
         return self.unpad(mixer(*self.pad(x)))
 
     def through(self, block: Block, x: Tensor, carry: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if block.traits.packed and not self.full:
+            return block.forward_packed(x, self.cu_seqlens, self.length, carry)
         padded, carry = block(*self.pad(x), carry)
         return self.unpad(padded), carry
 

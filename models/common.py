@@ -220,7 +220,7 @@ class Mixer(Mechanism):
 
 class Block(Mechanism):
     """A whole layer: x [b l d_model], mask [b l], carry -> (x, carry); normalisation and residuals are its
-    own.
+    own. With the trait `packed` it overrides `forward_packed` too.
 
     Constructor arguments that have the name of a backbone setting (`d_ff`, `dropout`, `norm`, ...) get its
     value.
@@ -236,6 +236,14 @@ class Block(Mechanism):
 
     def forward(self, x: Tensor, mask: Tensor | None, carry: Tensor | None) -> tuple[Tensor, Tensor | None]:
         raise NotImplementedError
+
+    def forward_packed(
+        self, x: Tensor, cu_seqlens: Tensor, max_len: int, carry: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """x: [t d_model], its sequences and filler rows as in `Mixer.forward_packed`, carry as in `forward`,
+        which has a part for every sequence, those without rows included -> (x [t d_model], carry).
+        """
+        raise NotImplementedError(f"{type(self).__name__} claims a packed path but has none")
 
 
 def at_least_fp32(*tensors: Tensor) -> tuple[Tensor, ...]:

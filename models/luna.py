@@ -5,7 +5,8 @@ Computes Y_P = attn(P, X),  Y_X = attn(X, Y_P) W_o,  X' = norm(Y_X + X),  P' = n
          out = norm(FFN(X') + X');  P' is the next layer's P, and the first P is learned
 Cost     time O(L P D), memory O(L P) per head
 Exact    no; if Y_P were the sequence itself, the unpack step would be dense softmax attention
-Padding  padded keys get weight zero in the pack step; the unpack step sees slots alone
+Padding  padded keys get weight zero in the pack step; the unpack step sees slots alone; packed rows are
+         cut into chunks, each with the slots of its sequence, over whose chunks the pack step is summed
 Differs  projections start as those of the other mechanisms do (released code: Xavier, gain 1 / sqrt(2));
          Y_P is projected to the model width where the heads together have another (paper: they never do);
          released code can give the pack step a number of heads of its own, hides slots past a row's number
@@ -13,9 +14,11 @@ Differs  projections start as those of the other mechanisms do (released code: X
          (here -2i / d_model), and leaves P without scale and positions where those of the tokens are
          learned (here `sinusoidal=False`, whatever the tokens have)
 """
-# b batch, h heads, l length, m queries, n keys, p slots, d head dim
+# b batch, h heads, l length, t packed tokens, n chunks, c places of a chunk, p slots, d head dim;
+# of luna_attention alone: m queries, n keys
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -24,6 +27,8 @@ from torch import Tensor, nn
 
 from models.common import Block, Place, Traits, at_least_fp32, full_precision, masked_softmax, register
 from models.layers import FeedForward, make_norm
+from models.packed import Chunks
+from models.sums import segment_softmax, sum_chunks
 
 
 def luna_attention(
@@ -48,6 +53,23 @@ def luna_attention(
     return torch.einsum("bhmn,bnhd->bmhd", F.dropout(weights, dropout), v).flatten(2)
 
 
+def pack_attention(
+    x_q: Tensor,
+    x_kv: Tensor,
+    chunks: Chunks,
+    *,
+    num_heads: int,
+    values: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """`luna_attention` from the slots of each sequence to its packed rows, laid out in chunks.
+
+    x_q: [b p h*d], x_kv and `values`: [n c h*d] -> [b p h*d], zeros for a sequence without rows.
+    """
+    q, k, v = (x.unflatten(-1, (num_heads, -1)) for x in (x_q, x_kv, x_kv if values is None else values))
+    return segment_softmax(q, k, v, chunks, dropout=dropout).flatten(2)
+
+
 def sinusoids(length: int, width: int) -> Tensor:
     """[length width] float32: sines, then cosines, of the positions (arXiv 1706.03762, section 3.5)."""
     half = (width + 1) // 2
@@ -65,7 +87,7 @@ class Luna(Block):
     None means 4 * d_model.
     """
 
-    traits = Traits()
+    traits = Traits(packed=True)
 
     def __init__(
         self,
@@ -110,6 +132,10 @@ class Luna(Block):
         self.slots = nn.Parameter(torch.randn(proj_len, width) * width**-0.5) if first else None
         positions = sinusoids(proj_len, width) if first and sinusoidal else None
         self.register_buffer("slot_positions", positions, persistent=False)
+        if norm == "batch" and norm_stats == "all":
+            self.traits = self.traits.but(
+                "its norms count padding, which packed rows have none of", packed=False
+            )
 
     def init_carry(self, batch_size: int) -> Tensor | None:
         """The learned P, [b p d_model], in the first layer; None in the others."""
@@ -121,19 +147,41 @@ class Luna(Block):
         return self.dropout(slots.expand(batch_size, -1, -1))
 
     def forward(self, x: Tensor, mask: Tensor | None, carry: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        slots = self.init_carry(x.shape[0]) if carry is None else carry
+        return self.layer(x, mask, self.slots_or_carry(x.shape[0], carry), partial(self.mix, mask=mask))
+
+    def forward_packed(
+        self, x: Tensor, cu_seqlens: Tensor, max_len: int, carry: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        slots = self.slots_or_carry(cu_seqlens.shape[0] - 1, carry)
+        real = torch.arange(x.shape[0], device=x.device) < cu_seqlens[-1]
+        mix = partial(self.mix_packed, cu_seqlens=cu_seqlens, max_len=max_len)
+        return self.layer(x, real, slots, mix)
+
+    def slots_or_carry(self, batch_size: int, carry: Tensor | None) -> Tensor:
+        """P [b p d_model]; ValueError if it should come from the layer before, and does not."""
+        slots = self.init_carry(batch_size) if carry is None else carry
         if slots is None:
             raise ValueError(
                 f"luna layer {self.place.layer_index} needs the carry of the layer before it, got None"
             )
+        return slots
+
+    def layer(
+        self,
+        x: Tensor,
+        real: Tensor | None,
+        slots: Tensor,
+        mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    ) -> tuple[Tensor, Tensor | None]:
+        """Norms, residuals and feed-forward around `mix`: x [... d_model], real [...] -> (x, carry)."""
         if self.prenorm:
-            mixed, packed = self.mix(self.norm_x(x, mask), self.norm_p(slots), mask)
+            mixed, packed = mix(self.norm_x(x, real), self.norm_p(slots))
             x, slots = x + self.dropout(mixed), slots + self.dropout(packed)
-            x = x + self.dropout(self.ff(self.norm_ff(x, mask)))
+            x = x + self.dropout(self.ff(self.norm_ff(x, real)))
         else:
-            mixed, packed = self.mix(x, slots, mask)
-            x, slots = self.norm_x(x + self.dropout(mixed), mask), self.norm_p(slots + self.dropout(packed))
-            x = self.norm_ff(x + self.dropout(self.ff(x)), mask)
+            mixed, packed = mix(x, slots)
+            x, slots = self.norm_x(x + self.dropout(mixed), real), self.norm_p(slots + self.dropout(packed))
+            x = self.norm_ff(x + self.dropout(self.ff(x)), real)
         return x, None if self.is_last else slots
 
     def mix(self, x: Tensor, slots: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -145,10 +193,32 @@ class Luna(Block):
             used = torch.arange(self.proj_len, device=x.device) < count[:, None]  # [b p]
         return self.out(self.attend(self.unpack_q(x), self.unpack_kv(packed), used)), packed
 
+    def mix_packed(self, x: Tensor, slots: Tensor, cu_seqlens: Tensor, max_len: int) -> tuple[Tensor, Tensor]:
+        """(Y_X [t d_model], Y_P [b p d_model]) of packed X and P; Y_X is `out` of zeros at filler rows."""
+        chunks = sum_chunks(cu_seqlens, x.shape[0], max_len)
+        places = chunks.lay_out(x)
+        k, v = self.split(self.pack_kv(places))
+        packed = self.pack_out(pack_attention(self.pack_q(slots), k, chunks, values=v, **self.options))
+        used = None
+        if self.dynamic_projection:
+            count = cu_seqlens.diff()[:, None]
+            used = chunks.of_sequence(torch.arange(self.proj_len, device=x.device) < count)  # [n p]
+        kv = self.unpack_kv(packed)
+        with full_precision(kv):  # a copy, which autocast would round
+            kv = chunks.spread(kv)
+        return self.out(chunks.take_back(self.attend(self.unpack_q(places), kv, used))), packed
+
     def attend(self, q: Tensor, kv: Tensor, mask: Tensor | None) -> Tensor:
-        k, v = (kv, None) if self.tie_kv else kv.chunk(2, dim=-1)
+        k, v = self.split(kv)
+        return luna_attention(q, k, mask, values=v, **self.options)
+
+    def split(self, kv: Tensor) -> tuple[Tensor, Tensor | None]:
+        return (kv, None) if self.tie_kv else kv.chunk(2, dim=-1)
+
+    @property
+    def options(self) -> dict:
         dropout = self.attn_dropout.p if self.training else 0.0
-        return luna_attention(q, k, mask, num_heads=self.place.num_heads, values=v, dropout=dropout)
+        return {"num_heads": self.place.num_heads, "dropout": dropout}
 
     def state_size(self, length: int) -> int:
         return (1 if self.tie_kv else 2) * self.proj_len * self.place.num_heads * self.place.head_dim

@@ -82,14 +82,28 @@ class Chunks:
         """One value per chunk [n ...] -> one per sequence [b ...], by a product: deterministic on a GPU."""
         return (self._membership(batch_size, partial) @ partial.flatten(1)).unflatten(1, partial.shape[1:])
 
+    def max_by_sequence(self, partial: Tensor, batch_size: int) -> Tensor:
+        """Numbers of each chunk [n ...] -> the largest of each sequence [b ...], without chunks the least
+        are.
+        """
+        owned = self._owned(batch_size).view(batch_size, -1, *[1] * (partial.dim() - 1))  # [b n ...]
+        return partial.masked_fill(~owned, torch.finfo(partial.dtype).min).amax(1)
+
+    def of_sequence(self, per_sequence: Tensor) -> Tensor:
+        """`spread` of what needs no gradient, by reading: [b ...] -> [n ...], those of the last at spares."""
+        return per_sequence[self.owner.clamp(max=per_sequence.shape[0] - 1)]
+
     def spread(self, per_sequence: Tensor) -> Tensor:
         """One value per sequence [b ...] -> one per chunk [n ...], zeros at spares: the inverse product."""
         membership = self._membership(per_sequence.shape[0], per_sequence)
         return (membership.T @ per_sequence.flatten(1)).unflatten(1, per_sequence.shape[1:])
 
     def _membership(self, batch_size: int, like: Tensor) -> Tensor:
+        return self._owned(batch_size).to(like.dtype)
+
+    def _owned(self, batch_size: int) -> Tensor:
         sequence = torch.arange(batch_size, device=self.owner.device)
-        return (self.owner == sequence[:, None]).to(like.dtype)  # [b n]
+        return self.owner == sequence[:, None]  # [b n]
 
 
 def pad_packed(x: Tensor, cu_seqlens: Tensor, max_len: int) -> tuple[Tensor, Tensor]:

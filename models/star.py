@@ -6,12 +6,13 @@ Computes num_cycles times with the same weights  h_i = norm(relu(attn(h_i; [h_(i
          e_i the layer's input, the first h_i; s starts as the mean of e_i and goes from layer to layer
 Cost     time and memory O(L D) per head and cycle
 Exact    no; of three tokens the ring sees all, and without e_i and s it would be dense softmax attention
-Padding  the ring goes over the real tokens in their order and closes at the last; s sees them alone
+Padding  the ring goes over the real tokens in their order and closes at the last; s sees them alone;
+         packed rows are cut into chunks, each with s of its sequence, over whose chunks s is updated
 Differs  layers of a stack have their own weights and e_i (paper: one layer; released code: weights per
          cycle, leaky ReLU, norm of queries alone, a ring that ends in zero vectors, a mean over padding too);
          no read-out from s, whose last update has no reader in the last layer and is left out there
 """
-# b batch, h heads, l length, d head dim
+# b batch, h heads, l length, t packed tokens, n chunks, c places of a chunk, d head dim
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,10 @@ from torch import Tensor, nn
 
 from models.common import Block, Place, Traits, at_least_fp32, full_precision, masked_softmax, register
 from models.layers import make_norm
+from models.packed import Chunks
+from models.sums import segment_softmax, sum_chunks
 
-Pair = tuple[Tensor, Tensor]  # keys and values
+Pair = tuple[Tensor, Tensor]  # keys and values, or places of the next token and of the last
 
 
 def ring_attention(
@@ -31,16 +34,18 @@ def ring_attention(
     relay: Pair,
     mask: Tensor | None = None,
     *,
+    moves: Pair | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
     """Each token attends to itself, its two neighbours, its input and the relay.
 
     q, k, v and the two of `inputs`: [b l h d], the two of `relay`: [b 1 h d], mask: [b l] bool -> [b l h d].
+    `moves` [b*l] say, in place of the mask, where the next token of each is and where the last.
     """
     dtype = v.dtype
     q, k, v = at_least_fp32(q * q.shape[-1] ** -0.5, k, v)
     keys, values = (
-        (*around(x, mask), *at_least_fp32(e, s)) for x, e, s in zip((k, v), inputs, relay, strict=True)
+        (*around(x, mask, moves), *at_least_fp32(e, s)) for x, e, s in zip((k, v), inputs, relay, strict=True)
     )
     # Autocast leaves products of elements as they are: full_precision would change nothing here.
     scores = torch.stack([(q * key).sum(dim=-1) for key in keys], dim=-1)  # [b l h 5]
@@ -48,15 +53,16 @@ def ring_attention(
     return sum(weight * value for weight, value in zip(weights, values, strict=True)).to(dtype)
 
 
-def around(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def around(x: Tensor, mask: Tensor | None, moves: Pair | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """x [b l h d] of the token before each on the ring, of itself, of the one after; padding has itself."""
-    if mask is None:
+    if moves is None and mask is None:
         return x.roll(1, dims=1), x, x.roll(-1, dims=1)
-    after, before = ring(mask)
-    first = torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
+    if moves is None:
+        first = torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
+        moves = tuple((first + to).flatten() for to in ring(mask))
     flat, empty = x.flatten(0, 1), torch.zeros_like(x).flatten(0, 1)
     # Copied to their places, not gathered from them: the gradient of a copy needs no sum over indices.
-    moved = (empty.index_copy(0, (first + to).flatten(), flat).view_as(x) for to in (after, before))
+    moved = (empty.index_copy(0, to, flat).view_as(x) for to in moves)
     return next(moved), x, next(moved)
 
 
@@ -68,6 +74,18 @@ def ring(mask: Tensor) -> tuple[Tensor, Tensor]:
     follower = torch.where(rank < count, follower, order)
     return torch.zeros_like(order).scatter(1, order, follower), torch.zeros_like(order).scatter(
         1, follower, order
+    )
+
+
+def packed_ring(chunks: Chunks, cu_seqlens: Tensor) -> Pair:
+    """Places of the next and the last row in the sequence of each [n*c], around its end; unused: itself."""
+    where, last = chunks.where, cu_seqlens.shape[0] - 1
+    row = torch.arange(where.position.shape[0], device=cu_seqlens.device)
+    stop = cu_seqlens[(where.segment + 1).clamp(max=last)]
+    following = chunks.slot[torch.where(row + 1 < stop, row + 1, row - where.position)]
+    places = torch.arange(chunks.inside.numel() + 1, device=row.device)  # filler rows share the last, cut off
+    return tuple(
+        places.index_copy(0, *move)[:-1] for move in ((chunks.slot, following), (following, chunks.slot))
     )
 
 
@@ -87,7 +105,7 @@ def relay_attention(
 class Star(Block):
     """A whole layer of `num_cycles` rounds; its carry is the relay [b d_model], None from the last layer."""
 
-    traits = Traits(uses_order=True)
+    traits = Traits(packed=True, uses_order=True)
 
     def __init__(
         self,
@@ -114,24 +132,68 @@ class Star(Block):
             self.relay_out = nn.Linear(inner, width, bias=place.bias)
             self.relay_norm = make_norm(norm, width, stats=norm_stats, eps=norm_eps)
         self.dropout, self.attn_dropout = nn.Dropout(dropout), nn.Dropout(attn_dropout)
+        if norm == "batch" and norm_stats == "all":
+            self.traits = self.traits.but(
+                "its norms count padding, which packed rows have none of", packed=False
+            )
 
     def forward(self, x: Tensor, mask: Tensor | None, carry: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        relay = self.first_relay(x, mask) if carry is None else carry
+        return self.rounds(x, mask, self.first_relay(x, mask) if carry is None else carry)
+
+    def forward_packed(
+        self, x: Tensor, cu_seqlens: Tensor, max_len: int, carry: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        chunks = sum_chunks(cu_seqlens, x.shape[0], max_len)
+        places = chunks.lay_out(x)
+        if carry is None:
+            (wide,) = at_least_fp32(places)
+            with full_precision(wide):
+                total = chunks.sum_by_sequence(wide.sum(dim=1), cu_seqlens.shape[0] - 1)
+            carry = (total / cu_seqlens.diff()[:, None].clamp_min(1)).to(x.dtype)
+        moves = packed_ring(chunks, cu_seqlens)
+        tokens, carry = self.rounds(places, chunks.inside, carry, chunks, moves)
+        return chunks.take_back(tokens), carry
+
+    def rounds(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        relay: Tensor,
+        chunks: Chunks | None = None,
+        moves: Pair | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """x [b l d_model], or [n c d_model] of packed rows in `chunks`, mask for it -> (x, carry)."""
         x = self.dropout(x)
         inputs, tokens = self.split(self.ring_kv(x)), x
-        dropout = self.attn_dropout.p if self.training else 0.0
         for cycle in range(self.num_cycles):
-            (q,), seen = self.split(self.ring_q(tokens)), self.split(self.ring_kv(relay[:, None]))
+            seen = self.ring_kv(relay[:, None])
+            if chunks is not None:
+                with full_precision(seen):  # a copy, which autocast would round
+                    seen = chunks.spread(seen)
+            (q,), seen = self.split(self.ring_q(tokens)), self.split(seen)
             k, v = self.split(self.ring_kv(tokens)) if cycle else inputs
-            mixed = ring_attention(q, k, v, inputs, seen, mask, dropout=dropout)
+            mixed = ring_attention(q, k, v, inputs, seen, mask, moves=moves, dropout=self.rate)
             tokens = self.ring_norm(F.relu(self.ring_out(mixed.flatten(2))), mask)
             if cycle < self.num_updates:
-                context = torch.cat([relay[:, None], tokens], dim=1)
-                (q,), (k, v) = self.split(self.relay_q(relay)), self.split(self.relay_kv(context))
-                real = None if mask is None else F.pad(mask, (1, 0), value=True)
-                mixed = relay_attention(q, k, v, real, dropout=dropout)
+                mixed = self.read(relay, tokens, mask, chunks)
                 relay = self.relay_norm(F.relu(self.relay_out(mixed.flatten(1))))
         return tokens, None if self.is_last else relay
+
+    def read(self, relay: Tensor, tokens: Tensor, mask: Tensor | None, chunks: Chunks | None) -> Tensor:
+        """What the relay takes from itself and the tokens, [b h d]."""
+        (q,) = self.split(self.relay_q(relay))
+        if chunks is None:
+            k, v = self.split(self.relay_kv(torch.cat([relay[:, None], tokens], dim=1)))
+            real = None if mask is None else F.pad(mask, (1, 0), value=True)
+            return relay_attention(q, k, v, real, dropout=self.rate)
+        own, (k, v) = self.split(self.relay_kv(relay)), self.split(self.relay_kv(tokens))
+        (wide,) = at_least_fp32(v)
+        with full_precision(wide):
+            return segment_softmax(q[:, None], k, wide, chunks, own=own, dropout=self.rate)[:, 0].to(v.dtype)
+
+    @property
+    def rate(self) -> float:
+        return self.attn_dropout.p if self.training else 0.0
 
     def first_relay(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """The mean of the real tokens [b d_model]."""

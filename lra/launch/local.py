@@ -36,6 +36,11 @@ class Job:
     labels: dict[str, Any] = field(default_factory=dict)
     force: bool = False
 
+    @property
+    def cell(self) -> str:
+        """What runs share that differ in nothing but the seed: the last part of their ids."""
+        return self.run_id.rpartition("-")[2]
+
 
 @dataclass
 class Worker:
@@ -43,6 +48,7 @@ class Worker:
     pipe: Connection
     device: str | None
     job: Job | None = None
+    cell: str | None = None  # of its last job, whose compiled step it still has
 
 
 def visible_gpus() -> list[str]:
@@ -68,7 +74,7 @@ def run_all(jobs: list[Job], *, on_event: Callable[[dict[str, Any]], None]) -> l
     with terminate_as_stop():
         try:
             for worker in workers:
-                _assign(worker, waiting, on_event)
+                _assign(worker, waiting, workers, on_event)
             while busy := [worker for worker in workers if worker.job is not None]:
                 for pipe in wait([worker.pipe for worker in busy]):
                     worker = next(worker for worker in busy if worker.pipe is pipe)
@@ -76,7 +82,7 @@ def run_all(jobs: list[Job], *, on_event: Callable[[dict[str, Any]], None]) -> l
                     if record is not None:
                         records.append(record)
                         on_event({"kind": "end", "record": record})
-                        _assign(worker, waiting, on_event)
+                        _assign(worker, waiting, workers, on_event)
         except (KeyboardInterrupt, Stop):
             for worker in workers:
                 if worker.process.is_alive():
@@ -103,10 +109,26 @@ def _start(device: str | None) -> Worker:
     return Worker(process, ours, device)
 
 
-def _assign(worker: Worker, waiting: deque[Job], on_event: Callable[[dict[str, Any]], None]) -> None:
-    worker.job = waiting.popleft() if waiting else None
+def next_job(worker: Worker, waiting: deque[Job], workers: list[Worker]) -> Job | None:
+    """The first job of the worker's own cell, else the first that no other worker is at, else the first."""
+    busy = {other.cell for other in workers if other is not worker and other.job is not None}
+    ranked = sorted(waiting, key=lambda job: 0 if job.cell == worker.cell else 1 + (job.cell in busy))
+    if not ranked:
+        return None
+    waiting.remove(ranked[0])
+    return ranked[0]
+
+
+def _assign(
+    worker: Worker,
+    waiting: deque[Job],
+    workers: list[Worker],
+    on_event: Callable[[dict[str, Any]], None],
+) -> None:
+    worker.job = next_job(worker, waiting, workers)
     if worker.job is None:
         return
+    worker.cell = worker.job.cell
     if not worker.process.is_alive():
         fresh = _start(worker.device)
         worker.process, worker.pipe = fresh.process, fresh.pipe

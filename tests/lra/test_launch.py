@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 
 import pytest
 
@@ -12,7 +13,7 @@ from lra import records, run
 from lra.config import compose
 from lra.errors import UserError
 from lra.launch import local, sweep
-from lra.launch.local import Job, run_all
+from lra.launch.local import Job, Worker, next_job, run_all
 
 
 def test_a_sweep_runs_every_combination_in_one_process_and_skips_what_is_done(tiny, capsys):
@@ -61,6 +62,7 @@ def test_a_run_that_another_process_works_on_gets_no_false_record(tiny):
 
 HOLD = """
 import time
+from collections import deque
 from lra import records
 with records.lock({folder!r}):
     print("held", flush=True)
@@ -122,3 +124,17 @@ def test_a_signal_ends_a_sweep_with_its_status_and_leaves_checkpoints(tiny, numb
     assert "Traceback" not in err
     folder = next(records.runs_root().glob("*/metrics.jsonl")).parent
     assert (folder / "checkpoint" / "last.pt").is_file() and records.run_state(folder) == "interrupted"
+
+
+def test_a_worker_goes_on_with_the_seeds_of_its_cell_and_other_workers_begin_other_cells():
+    jobs = [Job(f"listops-softmax-32-s{seed}-{cell}", ()) for cell in ("aa", "bb") for seed in range(2)]
+    waiting = deque(jobs)
+    workers = [Worker(None, None, None), Worker(None, None, None)]
+    order = []
+    for turn in (0, 1, 1, 0):
+        worker = workers[turn]
+        worker.job = next_job(worker, waiting, workers)
+        worker.cell = worker.job.cell
+        order.append(worker.job.run_id.split("-", 3)[3])
+    assert order == ["s0-aa", "s0-bb", "s1-bb", "s1-aa"]
+    assert next_job(workers[0], waiting, workers) is None

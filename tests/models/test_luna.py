@@ -150,6 +150,53 @@ def test_where_all_is_dropped_x_and_p_are_their_residuals(prenorm):
     torch.testing.assert_close((found, carry), expected, **EXACT)
 
 
+LENGTHS = (270, 0, 1, 64, 65)  # the first is cut into chunks
+
+
+def packed_and_padded(scale=1.0):
+    """(x [t d], cu_seqlens) with three filler rows, and the same batch as (x [b l d], mask)."""
+    x = scale * torch.randn(5, 270, 16, dtype=torch.float64)
+    mask = torch.arange(270) < torch.tensor(LENGTHS)[:, None]
+    cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
+    return (torch.cat([x[mask], torch.full((3, 16), 50.0)]), cu_seqlens), (x, mask)
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"prenorm": True, "tie_kv": False, "proj_len": 9, "dynamic_projection": True},
+        {"norm": "batch"},
+        {"norm": "batch", "prenorm": True},
+    ],
+    ids=lambda own: "-".join(own),
+)
+def test_packed_rows_train_like_padded_ones(own):
+    one, other = (layer(**{"attn_dropout": 0.0, **own}).train() for _ in range(2))
+    other.load_state_dict(one.state_dict())
+    (rows, cu_seqlens), (x, mask) = packed_and_padded()
+    found, handed_on = one.forward_packed(rows, cu_seqlens, 270, one.init_carry(5))
+    expected, carry = other(x, mask, other.init_carry(5))
+    torch.testing.assert_close((found[:-3], handed_on), (expected[mask], carry), **EXACT)
+    (found[:-3].square().sum() + handed_on.sin().sum()).backward()
+    (expected[mask].square().sum() + carry.sin().sum()).backward()
+    for name, parameter in one.named_parameters():
+        torch.testing.assert_close(parameter.grad, other.get_parameter(name).grad, rtol=0, atol=1e-9)
+    torch.testing.assert_close(one.state_dict(), other.state_dict(), **EXACT)  # running means among them
+
+
+def test_norms_that_count_padding_leave_no_packed_path():
+    assert layer(norm="batch").traits.packed and layer(norm_stats="all").traits.packed
+    assert not layer(norm="batch", norm_stats="all").traits.packed
+
+
+def test_dropout_of_packed_attention_acts_in_training_only():
+    luna, ((rows, cu_seqlens), _) = layer(attn_dropout=0.5), packed_and_padded()
+    run = lambda: luna.forward_packed(rows, cu_seqlens, 270, None)  # noqa: E731
+    assert all(torch.equal(one, other) for one, other in zip(run(), run(), strict=True))
+    luna.train()
+    assert not any(torch.equal(one, other) for one, other in zip(run(), run(), strict=True))
+
+
 def test_no_slots_are_refused():
     with pytest.raises(ValueError, match="proj_len >= 1"):
         layer(proj_len=0)

@@ -169,3 +169,37 @@ def test_each_dropout_acts_in_training_only(which):
 def test_no_cycles_are_refused():
     with pytest.raises(ValueError, match="num_cycles >= 1, got 0"):
         layer(num_cycles=0)
+
+
+LENGTHS = (270, 0, 1, 2, 65)  # the first is cut into chunks
+
+
+@pytest.mark.parametrize("own", [{}, {"num_cycles": 3, "norm": "batch"}], ids=["default", "batch"])
+def test_packed_rows_train_like_padded_ones(own):
+    one, other = layer(**own).train(), layer(**own).train()
+    x = torch.randn(5, 270, 16, dtype=torch.float64)
+    mask = torch.arange(270) < torch.tensor(LENGTHS)[:, None]
+    rows = torch.cat([x[mask], torch.full((3, 16), 50.0)])
+    cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0)
+    for carry in (None, torch.randn(5, 16, dtype=torch.float64)):
+        found, relay = one.forward_packed(rows, cu_seqlens, 270, carry)
+        expected, known = other(x, mask, carry)
+        torch.testing.assert_close((found[:-3], relay), (expected[mask], known), **EXACT)
+        (found[:-3].square().sum() + relay.sin().sum()).backward()
+        (expected[mask].square().sum() + known.sin().sum()).backward()
+    for name, parameter in one.named_parameters():
+        torch.testing.assert_close(parameter.grad, other.get_parameter(name).grad, rtol=0, atol=1e-9)
+    torch.testing.assert_close(one.state_dict(), other.state_dict(), **EXACT)  # running means among them
+
+
+def test_norms_that_count_padding_leave_no_packed_path():
+    assert layer(norm="batch").traits.packed and layer(norm_stats="all").traits.packed
+    assert not layer(norm="batch", norm_stats="all").traits.packed
+
+
+def test_dropout_of_packed_attention_acts_in_training_only():
+    star, rows, cu_seqlens = layer(attn_dropout=0.5), torch.randn(9, 16).double(), torch.tensor([0, 4, 9])
+    run = lambda: star.forward_packed(rows, cu_seqlens, 5, None)  # noqa: E731
+    assert all(torch.equal(one, other) for one, other in zip(run(), run(), strict=True))
+    star.train()
+    assert not any(torch.equal(one, other) for one, other in zip(run(), run(), strict=True))

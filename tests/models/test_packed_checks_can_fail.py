@@ -1,0 +1,98 @@
+"""The checks of packed paths can fail for blocks too: broken ones, each caught by the check it breaks."""
+
+import pytest
+from torch import nn, ones_like
+
+from lra.conformance import ALL_CHECKS
+from lra.conformance_subject import Subject
+from models import Block, Place, Traits
+from models.packed import pad_packed, unpad_packed
+
+CHECKS = {check.__name__: check for check in ALL_CHECKS}
+
+
+class AddsMeans(Block):
+    """Adds what the layer before handed on, its means of the real tokens, in both layouts: conforms."""
+
+    traits = Traits(packed=True)
+
+    def __init__(self, place: Place) -> None:
+        super().__init__(place)
+        self.up, self.is_last = nn.Linear(place.d_model, place.d_model), place.layer_index == 1
+
+    def forward(self, x, mask, carry):
+        x = self.up(x) if carry is None else self.up(x + carry[:, None])
+        mask = ones_like(x[..., 0]) > 0 if mask is None else mask
+        total = (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
+        return x, None if self.is_last else total
+
+    def forward_packed(self, x, cu_seqlens, max_len, carry):
+        padded, mask = pad_packed(x, cu_seqlens, max_len)
+        padded, carry = self(padded, mask, carry)
+        return unpad_packed(padded, cu_seqlens, x.shape[0]), carry
+
+
+class DropsThePackedCarry(AddsMeans):
+    def forward_packed(self, x, cu_seqlens, max_len, carry):
+        out, carry = super().forward_packed(x, cu_seqlens, max_len, None)
+        return out, carry
+
+
+class HandsOnNothingPacked(AddsMeans):
+    def forward_packed(self, x, cu_seqlens, max_len, carry):
+        return super().forward_packed(x, cu_seqlens, max_len, carry)[0], None
+
+
+class HandsOnNaNOfEmptySequences(AddsMeans):
+    def forward_packed(self, x, cu_seqlens, max_len, carry):
+        out, carry = super().forward_packed(x, cu_seqlens, max_len, carry)
+        return out, None if carry is None else carry / cu_seqlens.diff()[:, None].clamp_max(1)
+
+
+class ShiftsPackedRows(AddsMeans):
+    def forward_packed(self, x, cu_seqlens, max_len, carry):
+        out, carry = super().forward_packed(x, cu_seqlens, max_len, carry)
+        return out.roll(1, dims=0), carry
+
+
+class ReadsPackedLengthsBack(AddsMeans):
+    def forward_packed(self, x, cu_seqlens, max_len, carry):
+        return super().forward_packed(x, cu_seqlens, int(cu_seqlens.diff().max().item()), carry)
+
+
+class BranchesOnPackedLengths(AddsMeans):
+    def forward_packed(self, x, cu_seqlens, max_len, carry):
+        out, carry = super().forward_packed(x, cu_seqlens, max_len, carry)
+        return (out if cu_seqlens[1] > 0 else -out), carry
+
+
+class ClaimsAPackedPathItHasNot(AddsMeans):
+    forward_packed = Block.forward_packed
+
+
+class HidesAPackedPath(AddsMeans):
+    traits = Traits()
+
+
+@pytest.mark.parametrize("check", ["packed_agrees", "compiles", "capturable"])
+def test_a_block_with_a_packed_path_passes(check):
+    found = CHECKS[check](Subject("means", AddsMeans))
+    assert found.status == "pass", found
+
+
+@pytest.mark.parametrize(
+    ("check", "cls"),
+    [
+        ("packed_agrees", DropsThePackedCarry),
+        ("packed_agrees", HandsOnNothingPacked),
+        ("packed_agrees", HandsOnNaNOfEmptySequences),
+        ("packed_agrees", ShiftsPackedRows),
+        ("packed_agrees", ClaimsAPackedPathItHasNot),
+        ("packed_agrees", HidesAPackedPath),
+        ("compiles", BranchesOnPackedLengths),
+        ("capturable", ReadsPackedLengthsBack),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_a_block_whose_packed_path_differs_fails(check, cls):
+    assert CHECKS[check](Subject("broken", cls)).status == "fail"
