@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from models import fla_kernels
 from models.common import Place, full_precision
 from models.directions import short_conv
-from models.scan import CHUNK, before, decay_matrix, matrix_scan, running_sum
+from models.scan import CHUNK, Starts, before, decay_matrix, matrix_scan, running_sum
 
 # b batch, l length, h heads, n chunks, c positions of a chunk, d, e head dims (keys, values)
 
@@ -37,13 +37,17 @@ def delta_rule(
     scale: float = 1.0,
     chunk: int = CHUNK,
     kernel: str = "torch",
+    starts: Starts | None = None,
 ) -> Tensor:
     """scale times o of the module docstring. q, k: [b l h d], v: [b l h e], beta, log_decay g <= 0 (None: 0):
     [b l h] -> [b l h e] in the dtype of v; `chunk` is a power of two, `kernel` one of models/fla_kernels.py.
 
     Where beta and g are zero the state stays as it is. Stable for |beta k.k - 1| <= 1, equal keys included.
+    `starts`: the chunks that start from S = 0; for packed sequences, and in torch alone.
     """
-    if fla_kernels.chosen(kernel, q, k, v, beta, one_decay=log_decay is not None):
+    if starts is not None:
+        fla_kernels.not_packed(kernel, q, k, v)
+    elif fla_kernels.chosen(kernel, q, k, v, beta, one_decay=log_decay is not None):
         return fla_kernels.delta_rule(q, k, v, beta, log_decay, scale=scale)
     dtype, length = v.dtype, v.shape[1]
     q, k, v = (_chunked(x, chunk) for x in (q, k, v))  # [b h n c d]
@@ -53,7 +57,9 @@ def delta_rule(
             total = v.new_zeros(chunk, 1)
         else:
             total = running_sum(_chunked(log_decay[..., None], chunk))
-        out = _DeltaRule.apply(q, k, v, beta, total, scale)
+        fresh = None if starts is None else starts.mask(q, 2)
+        reach = None if starts is None else starts.reach
+        out = _DeltaRule.apply(q, k, v, beta, total, scale, fresh, reach)
     by_token = out.permute(0, 2, 3, 1, 4).to(dtype, memory_format=torch.contiguous_format)
     return by_token.flatten(1, 2)[:, :length]
 
@@ -73,7 +79,17 @@ class _DeltaRule(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, total: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        beta: Tensor,
+        total: Tensor,
+        scale: float,
+        fresh: Tensor | None,
+        reach: int | None,
+    ) -> Tensor:
         """q, k: [b h n c d], v: [b h n c e], beta: [b h n c 1], total: sums of g, broadcast to beta."""
         end, ratios, weighed = total[..., -1:, :], decay_matrix(total), k * beta
         inverse = unit_inverse((weighed @ k.mT).mul_(ratios))
@@ -81,23 +97,29 @@ class _DeltaRule(torch.autograd.Function):
         own = inverse @ (v * beta)
         left = (k * (end - total).exp()).mT
         transition = end.exp() * torch.eye(k.shape[-1], dtype=k.dtype, device=k.device) - left @ seen
-        states = before(matrix_scan(transition, left @ own), dim=2)  # [b h n d e]
+        if fresh is not None:
+            transition.masked_fill_(fresh, 0)
+        states = before(matrix_scan(transition, left @ own, reach=reach), dim=2)  # [b h n d e]
+        if fresh is not None:
+            states.masked_fill_(fresh, 0)
         u = _plus_product(own, seen, states, alpha=-1)
         scaled = q * scale
         out = _plus_product((scaled @ k.mT).mul_(ratios) @ u, scaled * total.exp(), states)
-        ctx.save_for_backward(q, k, v, beta, total, ratios, inverse, seen, transition, states, u)
-        ctx.scale = scale
+        ctx.save_for_backward(q, k, v, beta, total, fresh, ratios, inverse, seen, transition, states, u)
+        ctx.scale, ctx.reach = scale, reach
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        q, k, v, beta, total, ratios, inverse, seen, transition, states, u = ctx.saved_tensors
+        q, k, v, beta, total, fresh, ratios, inverse, seen, transition, states, u = ctx.saved_tensors
         with full_precision(grad):
             grad, end, grown = grad.contiguous(), total[..., -1:, :], total.exp()
             q, kept = q * ctx.scale, (end - total).exp()
             back = (q @ k.mT).mul_(ratios).mT @ grad  # through the own chunk
             of_states = _plus_product((q * grown).mT @ grad, seen.mT, back, alpha=-1)
-            later = matrix_scan(transition.mT.flip(2), of_states.flip(2))
+            if fresh is not None:
+                of_states.masked_fill_(fresh, 0)
+            later = matrix_scan(transition.mT.flip(2), of_states.flip(2), reach=ctx.reach)
             later = before(later, dim=2).flip(2)  # of the state after the chunk: [b h n d e]
             right = inverse.mT @ _plus_product(back, k * kept, later)  # of beta (v - exp(G) S^T k)
             scores = (grad @ u.mT).mul_(ratios)
@@ -116,7 +138,8 @@ class _DeltaRule(torch.autograd.Function):
                 last = (k * written).sum((-2, -1), keepdim=True)
                 grad_total[..., -1:, :] += last + end.exp() * (later * states).sum((-2, -1), keepdim=True)
             grad_beta = (right * v).sum(-1, keepdim=True) - found
-            return grad_q * ctx.scale, as_key - beta * as_query, right * beta, grad_beta, grad_total, None
+            grads = grad_q * ctx.scale, as_key - beta * as_query, right * beta, grad_beta, grad_total
+            return *grads, None, None, None
 
 
 def _plus_product(x: Tensor, a: Tensor, b: Tensor, *, alpha: float = 1) -> Tensor:

@@ -29,8 +29,10 @@ from torch import Tensor, nn
 
 from models.common import Mixer, Place, Traits, register
 from models.delta_rule import delta_rule, linear_map, queries_keys_values, rms_norm, short_filters, width_of
-from models.directions import both_directions, forward_alone, known_directions
-from models.fla_kernels import checked
+from models.directions import both_directions, forward_alone, known_directions, packed_directions
+from models.fla_kernels import checked, traits_of
+from models.long_row import LongRow
+from models.scan import CHUNK, Starts
 
 
 def elu_plus_one(x: Tensor) -> Tensor:
@@ -46,7 +48,7 @@ NORMS = ("l2", "l1")
 class DeltaNet(Mixer):
     """Projections, short convolutions and norm around `delta_rule`."""
 
-    traits = Traits(uses_order=True)
+    traits = Traits(uses_order=True, packed=True)
 
     def __init__(
         self,
@@ -72,6 +74,7 @@ class DeltaNet(Mixer):
                 )
         self.directions = known_directions(directions, "deltanet")
         self.kernel = checked(kernel, "deltanet")
+        self.traits = traits_of(self.traits, kernel)
         self.feature_map, self.qk_norm = feature_map, qk_norm
         self.largest_beta = 2.0 if neg_eigval else 1.0
         self.d = width_of(place, "deltanet", expand_k=expand_k)
@@ -85,11 +88,7 @@ class DeltaNet(Mixer):
         self.norm = nn.Parameter(torch.ones(sets, self.e))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        u = self.project(x)
-        beta = (
-            self.largest_beta * self.rates(x).unflatten(-1, (-1, self.place.num_heads)).sigmoid()
-        )  # [b l s h]
-        there, back = (u, beta[:, :, 0]), (u, beta[:, :, -1])
+        there, back = self.streams(x)
         if self.directions == "forward":
             mixed = forward_alone(self._recurrence, there, mask)
         else:
@@ -97,7 +96,20 @@ class DeltaNet(Mixer):
             mixed = there + back
         return self.out(mixed.flatten(2).to(x.dtype))
 
-    def _recurrence(self, u: Tensor, beta: Tensor) -> Tensor:
+    def forward_packed(self, x: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
+        there, back = self.streams(x)
+        row = LongRow.of(cu_seqlens, x.shape[0], max_len, chunk=CHUNK, gap=self.conv.shape[-1] - 1)
+        mixed = packed_directions(self._recurrence, there, row, directions=self.directions, back_streams=back)
+        return self.out(mixed.flatten(1).to(x.dtype))
+
+    def streams(self, x: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """x: [... d_model] -> u [... 2hd+he], beta [... h], and the same for the way back."""
+        u = self.project(x)
+        rates = self.rates(x).unflatten(-1, (-1, self.place.num_heads))
+        beta = self.largest_beta * rates.sigmoid()  # [... s h]
+        return (u, beta[..., 0, :]), (u, beta[..., -1, :])
+
+    def _recurrence(self, u: Tensor, beta: Tensor, starts: Starts | None = None) -> Tensor:
         """rms(o): rows [s*b l ...], those of each set of parameters together -> [s*b l h e]."""
         u = u.unflatten(0, (len(self.conv), -1))  # [s b l 2hd+he]
         options = {"feature_map": FEATURE_MAPS[self.feature_map], "norm": self.qk_norm}
@@ -105,7 +117,7 @@ class DeltaNet(Mixer):
             u, self.conv[:, None], width=self.d, num_heads=self.place.num_heads, **options
         )
         q, k, v = (part.flatten(0, 1) for part in (q, k, v))
-        o = delta_rule(q, k, v, beta, scale=self.d**-0.5, kernel=self.kernel)
+        o = delta_rule(q, k, v, beta, scale=self.d**-0.5, kernel=self.kernel, starts=starts)
         o = o.unflatten(0, (len(self.conv), -1))
         return rms_norm(o, self.norm[:, None, None, None]).flatten(0, 1)
 

@@ -5,7 +5,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-# b batch, l length, d channels, w taps
+from models.long_row import LongRow
+from models.scan import Starts
+
+# b batch, l length, t packed rows, d channels, w taps
 
 DIRECTIONS = ("tied", "untied", "forward")  # one set of parameters for both, one each, or no way back
 
@@ -49,6 +52,34 @@ def forward_alone(
 ) -> Tensor:
     """The forward direction of `both_directions`: a causal model."""
     return recurrence(*(_zeroed(x, mask) for x in streams))
+
+
+def packed_directions(
+    recurrence: Callable[..., Tensor],
+    streams: Sequence[Tensor],
+    row: LongRow,
+    *,
+    directions: str = "tied",
+    back_streams: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """The sum of both directions, or `forward_alone`, within each packed sequence: streams [t ...] -> [t
+    ...].
+
+    `recurrence` gets streams [b l ...] and, last, the chunks that start anew: b = 1 or, for both directions
+    as one batch, b = 2. Zero is neutral in every stream, as in `both_directions`.
+    """
+    there = [row.lay_out(x) for x in streams]
+    if directions == "forward":
+        return row.take_back(recurrence(*there, Starts(row.first[None], row.reach)))
+    back_streams = streams if back_streams is None else back_streams
+    reverse = [
+        laid if other is x else row.lay_out(other)
+        for x, laid, other in zip(streams, there, back_streams, strict=True)
+    ]
+    both = (torch.cat([x, other.flip(1)]) for x, other in zip(there, reverse, strict=True))
+    starts = Starts(torch.stack([row.first, row.last.flip(0)]), row.reach)
+    there, returned = recurrence(*both, starts).chunk(2)
+    return row.take_back(there + returned.flip(1))
 
 
 def _zeroed(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -18,10 +18,13 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from models.common import Traits
+
 # b batch, l length, h heads, d, e head dims (keys, values)
 
 KERNELS = ("auto", "torch", "fla")
 HALF = (torch.bfloat16, torch.float16)
+PACKED = "of packed sequences its kernels read the lengths on the host"
 WIDEST = 256  # keys of a head: fla's delta rules hold a state of no more rows
 OPERATIONS = {
     "chunk_gla": "fla.ops.gla",
@@ -89,6 +92,26 @@ def chosen(kernel: str, q: Tensor, k: Tensor, v: Tensor, *others: Tensor, one_de
     reason = missing or unfit
     _tell(device, reason)
     return not reason
+
+
+def not_packed(kernel: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Packed sequences are computed in torch; says so if `kernel` would take fla's for padded ones.
+
+    fla's kernels read the lengths on the host, to know how many blocks to start: no step with them can be
+    captured, and the device waits.
+    """
+    if kernel == "torch" or torch.compiler.is_compiling():
+        return
+    if kernel == "fla":
+        raise ValueError(
+            f"kernel=fla cannot run: {PACKED}; use kernel=auto or kernel=torch, or layout=padded"
+        )
+    _tell(q.device, unavailable(q.device) or unsuited(q, k, v) or PACKED)
+
+
+def traits_of(traits: Traits, kernel: str) -> Traits:
+    """The traits of a mechanism with a packed path: with kernel=fla it has none."""
+    return traits.but(PACKED, packed=False) if kernel == "fla" else traits
 
 
 @functools.cache

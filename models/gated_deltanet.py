@@ -30,8 +30,10 @@ from torch import Tensor, nn
 
 from models.common import Mixer, Place, Traits, at_least_fp32, register
 from models.delta_rule import delta_rule, linear_map, queries_keys_values, rms_norm, short_filters, width_of
-from models.directions import both_directions, forward_alone, known_directions
-from models.fla_kernels import checked
+from models.directions import both_directions, forward_alone, known_directions, packed_directions
+from models.fla_kernels import checked, traits_of
+from models.long_row import LongRow
+from models.scan import CHUNK, Starts
 from models.ssm import step_bias, tagged
 
 DECAYS, LEAST_DECAY = (0.0, 16.0), 1e-4  # exp(A) at first
@@ -48,7 +50,7 @@ def log_decays(raw: Tensor, log_rate: Tensor, step_bias: Tensor) -> Tensor:
 class GatedDeltaNet(Mixer):
     """Projections, short convolutions, norm and gate around `delta_rule`."""
 
-    traits = Traits(uses_order=True)
+    traits = Traits(uses_order=True, packed=True)
 
     def __init__(
         self,
@@ -66,6 +68,7 @@ class GatedDeltaNet(Mixer):
             raise ValueError(f"gated_deltanet needs ssm_lr_scale >= 0, got {ssm_lr_scale}")
         self.directions = known_directions(directions, "gated_deltanet")
         self.kernel = checked(kernel, "gated_deltanet")
+        self.traits = traits_of(self.traits, kernel)
         self.largest_beta = 2.0 if neg_eigval else 1.0
         self.d = place.head_dim
         self.e = width_of(place, "gated_deltanet", expand_v=expand_v)
@@ -83,11 +86,7 @@ class GatedDeltaNet(Mixer):
         self.norm = nn.Parameter(torch.ones(sets, self.e))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        u = self.project(x)
-        raw = self.rates(x).unflatten(-1, (-1, 2, self.place.num_heads))  # [b l s 2 h]
-        beta = self.largest_beta * raw[..., 0, :].sigmoid()
-        decay = log_decays(raw[..., 1, :], self.log_rate, self.step_bias)
-        there, back = (u, beta[:, :, 0], decay[:, :, 0]), (u, beta[:, :, -1], decay[:, :, -1])
+        there, back = self.streams(x)
         if self.directions == "forward":
             mixed = forward_alone(self._recurrence, there, mask)
         else:
@@ -95,12 +94,27 @@ class GatedDeltaNet(Mixer):
             mixed = there + back
         return self.out((mixed.flatten(2) * F.silu(self.gate(x))).to(x.dtype))
 
-    def _recurrence(self, u: Tensor, beta: Tensor, log_decay: Tensor) -> Tensor:
+    def forward_packed(self, x: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
+        there, back = self.streams(x)
+        row = LongRow.of(cu_seqlens, x.shape[0], max_len, chunk=CHUNK, gap=self.conv.shape[-1] - 1)
+        mixed = packed_directions(self._recurrence, there, row, directions=self.directions, back_streams=back)
+        return self.out((mixed.flatten(1) * F.silu(self.gate(x))).to(x.dtype))
+
+    def streams(self, x: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """x: [... d_model] -> u [... 2hd+he], beta, log decay [... h], and the same for the way back."""
+        u = self.project(x)
+        raw = self.rates(x).unflatten(-1, (-1, 2, self.place.num_heads))  # [... s 2 h]
+        beta = self.largest_beta * raw[..., 0, :].sigmoid()
+        decay = log_decays(raw[..., 1, :], self.log_rate, self.step_bias)
+        return (u, beta[..., 0, :], decay[..., 0, :]), (u, beta[..., -1, :], decay[..., -1, :])
+
+    def _recurrence(self, u: Tensor, beta: Tensor, log_decay: Tensor, starts: Starts | None = None) -> Tensor:
         """rms(o): rows [s*b l ...], those of each set of parameters together -> [s*b l h e]."""
         u = u.unflatten(0, (len(self.conv), -1))  # [s b l 2hd+he]
         q, k, v = queries_keys_values(u, self.conv[:, None], width=self.d, num_heads=self.place.num_heads)
         q, k, v = (part.flatten(0, 1) for part in (q, k, v))
-        o = delta_rule(q, k, v, beta, log_decay, scale=self.d**-0.5, kernel=self.kernel)
+        options = {"scale": self.d**-0.5, "kernel": self.kernel, "starts": starts}
+        o = delta_rule(q, k, v, beta, log_decay, **options)
         o = o.unflatten(0, (len(self.conv), -1))
         return rms_norm(o, self.norm[:, None, None, None]).flatten(0, 1)
 

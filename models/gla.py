@@ -15,7 +15,7 @@ Differs  the paper and its code are causal; N is a layer norm in the paper, a ro
          (paper: W_g and the decays have one, code: the decays); kernel=fla, or auto on a GPU in half
          precision, runs the code's own kernels: products, and states between chunks, in half precision
 """
-# b batch, l length, h heads, d head dim (keys), e head dim (values)
+# b batch, l length, t packed rows, h heads, d head dim (keys), e head dim (values)
 
 import math
 
@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from models import fla_kernels, scan
 from models.common import Mixer, Place, Traits, at_least_fp32, register
-from models.directions import both_directions, forward_alone, known_directions
+from models.directions import both_directions, forward_alone, known_directions, packed_directions
 from models.head_norm import head_norm, known_kind
+from models.long_row import LongRow
 
 EPS = 1e-5
 
@@ -59,8 +60,31 @@ def gla(
     return there + returned
 
 
+def gla_packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    cu_seqlens: Tensor,
+    max_len: int,
+    *,
+    directions: str = "tied",
+    back: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    kernel: str = "torch",
+) -> Tensor:
+    """`gla` within each packed sequence. q, k, log_decay: [t h d], v: [t h e] -> [t h e]."""
+    fla_kernels.not_packed(kernel, q, k, v)
+    scale = q.shape[-1] ** -0.5
+
+    def recurrence(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, starts: scan.Starts) -> Tensor:
+        return scan.decayed_attention(q * scale, k, v, log_decay, starts=starts)
+
+    row = LongRow.of(cu_seqlens, q.shape[0], max_len, chunk=scan.CHUNK)
+    return packed_directions(recurrence, (q, k, v, log_decay), row, directions=directions, back_streams=back)
+
+
 class Streams(nn.Module):
-    """What one direction of the recurrence is made of: x [b l d_model] -> q, k, v, log decay, by head."""
+    """What one direction of the recurrence is made of: x [... d_model] -> q, k, v, log decay, by head."""
 
     def __init__(self, place: Place, keys: int, values: int, gate_rank: int, tau: float) -> None:
         super().__init__()
@@ -82,7 +106,7 @@ class Streams(nn.Module):
 class GLA(Mixer):
     """Projections, decays, norm and output gate around `gla`."""
 
-    traits = Traits(uses_order=True)
+    traits = Traits(uses_order=True, packed=True)
 
     def __init__(
         self,
@@ -110,6 +134,7 @@ class GLA(Mixer):
         self.directions = known_directions(directions, "gla")
         self.head_norm = known_kind(head_norm, "gla", int(values))
         self.kernel = fla_kernels.checked(kernel, "gla")
+        self.traits = fla_kernels.traits_of(self.traits, kernel)
         self.state = int(keys) * int(values) * place.num_heads * (1 if directions == "forward" else 2)
         options = (int(keys), int(values), gate_rank, tau)
         self.there = Streams(place, *options)
@@ -122,8 +147,16 @@ class GLA(Mixer):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         options = {"directions": self.directions, "kernel": self.kernel}
         back = None if self.back is None else self.back(x)
-        mixed = gla(*self.there(x), mask, back=back, **options)  # [b l h e]
-        mixed = head_norm(mixed, self.norm_weight, kind=self.head_norm, eps=EPS).flatten(2)
+        return self.finished(gla(*self.there(x), mask, back=back, **options), x)
+
+    def forward_packed(self, x: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
+        options = {"directions": self.directions, "kernel": self.kernel}
+        back = None if self.back is None else self.back(x)
+        return self.finished(gla_packed(*self.there(x), cu_seqlens, max_len, back=back, **options), x)
+
+    def finished(self, mixed: Tensor, x: Tensor) -> Tensor:
+        """mixed: [... h e], x: [... d_model] -> [... d_model]."""
+        mixed = head_norm(mixed, self.norm_weight, kind=self.head_norm, eps=EPS).flatten(-2)
         return self.out(mixed * F.silu(self.gate(x)))
 
     def state_size(self, length: int) -> int:

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from models.common import Mixer, Place, Traits, at_least_fp32, full_precision, head_products, register
 from models.external import largest_of_sequence
-from models.sums import chunk_sums, kernel_sums, sum_chunks
+from models.row_products import sum_chunks
+from models.sums import chunk_sums, kernel_sums
 
 FEATURE_MAPS = ("exp", "softmax", "joint")
 LEAST = 0.5  # below the normaliser of every row with a real key

@@ -16,15 +16,18 @@ Padding  padded tokens have c = 0, l = 1, t = 0: they leave the state as it was
 Differs  norm and gate are those of the released code (paper: layer norm of sigmoid(x W_g) * h); the released
          runs on LRA are directions=theta
 """
-# b batch, l length, w width of the state (complex or real)
+# b batch, l length, t packed rows, w width of the state (complex or real)
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.common import Mixer, Place, Traits, at_least_fp32, register
-from models.directions import DIRECTIONS, both_directions, forward_alone
-from models.scan import scan
+from models.directions import DIRECTIONS, both_directions, forward_alone, packed_directions
+from models.long_row import LongRow
+from models.scan import Starts, scan
 from models.ssm import tagged
 
 EPS = 1e-5
@@ -54,6 +57,25 @@ def hgru(
     return there + returned
 
 
+def hgru_packed(
+    log_decay: Tensor,
+    update: Tensor,
+    cu_seqlens: Tensor,
+    max_len: int,
+    *,
+    directions: str = "tied",
+    back: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """`hgru` within each packed sequence: log_decay, update [t w] -> [t w]."""
+
+    def recurrence(log_decay: Tensor, update: Tensor, starts: Starts) -> Tensor:
+        decay = log_decay.exp().masked_fill(starts.mask(update, 1), 0)
+        return scan(decay, update, reach=starts.reach)
+
+    row = LongRow.of(cu_seqlens, update.shape[0], max_len)
+    return packed_directions(recurrence, (log_decay, update), row, directions=directions, back_streams=back)
+
+
 def floor_of_layer(logits: Tensor, layer: int) -> tuple[Tensor, Tensor]:
     """log f and log(1 - f) of layer > 0: logits [layers w] -> [w] each."""
     shares = logits.log_softmax(dim=0)
@@ -61,7 +83,7 @@ def floor_of_layer(logits: Tensor, layer: int) -> tuple[Tensor, Tensor]:
 
 
 def gates(logit: Tensor, floor: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-    """log l and 1 - l from x W_l + b [b l w] and the floor of its layer, None for zero."""
+    """log l and 1 - l from x W_l + b [... w] and the floor of its layer, None for zero."""
     if floor is None:
         return F.logsigmoid(logit), (-logit).sigmoid()
     log_floor, log_rest = floor
@@ -76,7 +98,7 @@ def normed(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float) -> Tensor:
 
 
 class Streams(nn.Module):
-    """What one direction of the recurrence is made of: x [b l d_model] -> log decay, update [b l w]."""
+    """What one direction of the recurrence is made of: x [... d_model] -> log decay, update [... w]."""
 
     def __init__(self, place: Place, width: int, parts: int) -> None:
         super().__init__()
@@ -109,7 +131,7 @@ def turned(log_decay: Tensor, theta: Tensor) -> Tensor:
 class HGRN(Mixer):
     """Projections, gates, norm and output gate around `hgru`."""
 
-    traits = Traits(uses_order=True)
+    traits = Traits(uses_order=True, packed=True)
 
     def __init__(
         self,
@@ -151,6 +173,13 @@ class HGRN(Mixer):
         self.state = inner * (1 if directions == "forward" else 2)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.mixed(hgru, x, mask)
+
+    def forward_packed(self, x: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
+        return self.mixed(hgru_packed, x, cu_seqlens, max_len)
+
+    def mixed(self, mix: Callable[..., Tensor], x: Tensor, *where: Tensor | int | None) -> Tensor:
+        """x: [... d_model], where: what `mix` knows the sequences by -> [... d_model]."""
         floor = None
         if self.floors is not None:
             floor = floor_of_layer(*at_least_fp32(self.floors), self.place.layer_index)
@@ -160,7 +189,7 @@ class HGRN(Mixer):
             back = self.back(x, floor)
         elif self.theta_back is not None:
             back = turned(log_decay.real, self.theta_back), update
-        state = hgru(log_decay, update, mask, directions=self.directions, back=back)
+        state = mix(log_decay, update, *where, directions=self.directions, back=back)
         if state.is_complex():
             state = torch.cat([state.real, state.imag], dim=-1)
         state = normed(state.to(x.dtype), self.norm_weight, self.norm_bias, eps=EPS)

@@ -39,7 +39,7 @@ def linear_attention(
 ) -> Tensor:
     """q, k: [b h l d], v: [b h l e], mask: [b l] bool, True = real token -> [b h l e]."""
     dtype = v.dtype
-    q, k, v = at_least_fp32(q, k, v)
+    q, k = at_least_fp32(q, k)
     mixed, norm = kernel_sums(feature_map(q), feature_map(k), v, mask)
     if not normalise:
         return (mixed * q.shape[-2] ** -0.5).to(dtype)
@@ -58,7 +58,7 @@ def linear_attention_packed(
 ) -> Tensor:
     """`linear_attention` within each packed sequence. q, k: [t h d], v: [t h e] -> [t h e]."""
     dtype = v.dtype
-    q, k, v = at_least_fp32(q, k, v)
+    q, k = at_least_fp32(q, k)
     mixed, norm = segment_sums(feature_map(q), feature_map(k), v, cu_seqlens, max_len)
     return divided(mixed, norm, eps, add_eps).to(dtype)
 

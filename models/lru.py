@@ -19,7 +19,7 @@ Differs  the listing has one direction; h' is joined as in S5. The listing start
          and at a share of the learning rate, as in the public code minimal-LRU; no dropout after the
          activation: the backbone's is on the branch
 """
-# b batch, l length, d channels, r = d_state states, k directions
+# b batch, l length, t packed rows, d channels, r = d_state states, k directions
 
 import math
 
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from models.common import Mixer, Place, Traits, at_least_fp32, register
-from models.diagonal import diagonal_system
+from models.diagonal import diagonal_system, packed_system
 from models.directions import known_directions
 from models.ssm import Output, tagged
 
@@ -42,15 +42,19 @@ def lru(
     b: Tensor,
     c: Tensor,
     skip: Tensor,
-    mask: Tensor | None,
+    mask: Tensor | None = None,
+    *,
+    packed: tuple[Tensor, int] | None = None,
 ) -> Tensor:
     """y of the module docstring. x: [b l d], nu, theta, log_gamma: [r], b: [r d], c: [k r d], complex, skip:
-    [d], mask: [b l] bool, True = real, or None -> [b l d].
+    [d], mask: [b l] bool, True = real, or None -> [b l d]; or packed, x: [t d], cu_seqlens and max_len ->
+    [t d].
     """
     dtype = x.dtype
     (x,) = at_least_fp32(x if mask is None else x.masked_fill(~mask[..., None], 0))
     log_decay = torch.complex(-nu.double().exp(), theta.double().exp())
-    y = diagonal_system(x, log_decay, log_gamma.exp()[:, None] * b, c)
+    system = log_decay, log_gamma.exp()[:, None] * b, c
+    y = diagonal_system(x, *system) if packed is None else packed_system(x, *system, *packed)
     return torch.addcmul(y, skip, x).to(dtype)
 
 
@@ -67,7 +71,7 @@ def ring(size: int, r_min: float, r_max: float, max_phase: float) -> tuple[Tenso
 class LRU(Mixer):
     """The parameters of `lru`, and an output stage."""
 
-    traits = Traits(uses_order=True)
+    traits = Traits(uses_order=True, packed=True)
 
     def __init__(
         self,
@@ -100,12 +104,19 @@ class LRU(Mixer):
         self.output = Output(d, d, kind=output, name="lru")
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.output(lru(x, *self.system(), mask))
+
+    def forward_packed(self, x: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
+        return self.output(lru(x, *self.system(), packed=(cu_seqlens, max_len)))
+
+    def system(self) -> tuple[Tensor, ...]:
+        """What `lru` takes after x."""
         nu, theta, log_gamma, b, c, skip = at_least_fp32(
             self.nu, self.theta, self.log_gamma, self.b, self.c, self.skip
         )
         b, c = torch.view_as_complex(b), torch.view_as_complex(c)
         c = c.expand(2, -1, -1) if self.directions == "tied" else c
-        return self.output(lru(x, nu, theta, log_gamma, b, c, skip, mask))
+        return nu, theta, log_gamma, b, c, skip
 
     def state_size(self, length: int) -> int:
         return 2 * self.d_state * (1 if self.directions == "forward" else 2)

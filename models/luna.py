@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from models.common import Block, Place, Traits, at_least_fp32, full_precision, masked_softmax, register
 from models.layers import FeedForward, make_norm
 from models.packed import Chunks
-from models.sums import segment_softmax, sum_chunks
+from models.row_products import sum_chunks
+from models.sums import segment_softmax
 
 
 def luna_attention(

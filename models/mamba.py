@@ -29,10 +29,19 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from models.common import Mixer, Place, Traits, at_least_fp32, register
-from models.directions import both_directions, forward_alone, known_directions, short_conv
+from models.directions import (
+    both_directions,
+    forward_alone,
+    known_directions,
+    packed_directions,
+    short_conv,
+)
+from models.long_row import LongRow
+from models.scan import Starts
 from models.ssm import step_bias, tagged
 
 TAPS = 4  # of the short convolution
+FORGET = 1e30  # a step after which nothing is left of a state, and many of which are a finite sum
 PART = 2**28  # states made at a time: bounds the working memory, some four times this, whatever the batch
 PART_ON_CPU = 2**22  # measured: what caches hold is made twice as fast
 
@@ -125,7 +134,7 @@ def recur_(states: Tensor, dt: Tensor, rate: Tensor, *, from_end: bool = False) 
 class Mamba(Mixer):
     """Projections, convolution and gate around `selective_scan`."""
 
-    traits = Traits(uses_order=True)
+    traits = Traits(uses_order=True, packed=True)
 
     def __init__(
         self,
@@ -176,8 +185,18 @@ class Mamba(Mixer):
             y = sum(both_directions(self.recurrence, streams, mask))
         return self.out_proj(y.to(z.dtype) * F.silu(z))
 
-    def recurrence(self, x: Tensor, real: Tensor | None = None) -> Tensor:
-        """x: [r*b l d], real: [r*b l 1] or None, the rows of each set together -> [r*b l d]."""
+    def forward_packed(self, x: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        row = LongRow.of(cu_seqlens, x.shape[0], max_len, gap=TAPS - 1)
+        streams = (x, x.new_ones(x.shape[0], 1))
+        y = packed_directions(self.recurrence, streams, row, directions=self.directions)
+        return self.out_proj(y.to(z.dtype) * F.silu(z))
+
+    def recurrence(self, x: Tensor, real: Tensor | None = None, starts: Starts | None = None) -> Tensor:
+        """x: [r*b l d], real: [r*b l 1] or None, the rows of each set together -> [r*b l d].
+
+        With `starts`, the unused places between packed sequences make the states zero.
+        """
         x = x.unflatten(0, (self.sets, -1))  # [r b l d]
         x = F.silu(short_conv(x, self.conv_weight[:, None], self.conv_bias[:, None]))
         rows = x.flatten(1, 2) @ self.x_proj.mT  # [r b*l k+2s]
@@ -187,7 +206,11 @@ class Mamba(Mixer):
         if real is not None:
             dt = dt * real.unflatten(0, (self.sets, -1))
         B, C = (part.unflatten(1, x.shape[1:3]) for part in (B, C))
-        y = selective_scan(x * dt, B, C, dt, self.A_log.mT.contiguous().exp())
+        updates = x * dt
+        if starts is not None:
+            unused = (real == 0).unflatten(0, (self.sets, -1))
+            dt = dt.masked_fill(unused, FORGET)
+        y = selective_scan(updates, B, C, dt, self.A_log.mT.contiguous().exp())
         return (y.to(x.dtype) + x * self.D[:, None, None]).flatten(0, 1)
 
     def state_size(self, length: int) -> int:

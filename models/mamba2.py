@@ -29,8 +29,15 @@ from torch import Tensor, nn
 
 from models import fla_kernels
 from models.common import Mixer, Place, Traits, at_least_fp32, full_precision, register
-from models.directions import both_directions, forward_alone, known_directions, short_conv
-from models.scan import CHUNK, before, decay_matrix, running_sum, scan
+from models.directions import (
+    both_directions,
+    forward_alone,
+    known_directions,
+    packed_directions,
+    short_conv,
+)
+from models.long_row import LongRow
+from models.scan import CHUNK, Starts, decay_matrix, entering, running_sum
 from models.ssm import step_bias, tagged
 
 EPS = 1e-5
@@ -39,13 +46,24 @@ WIDEST_HEAD = 64
 RATES = (1.0, 16.0)  # e^a at first, evenly between
 
 
-def ssd(x: Tensor, B: Tensor, C: Tensor, log_decay: Tensor, *, kernel: str = "torch") -> Tensor:
+def ssd(
+    x: Tensor,
+    B: Tensor,
+    C: Tensor,
+    log_decay: Tensor,
+    *,
+    kernel: str = "torch",
+    starts: Starts | None = None,
+) -> Tensor:
     """y_i = sum over j <= i of (C_i . B_j) exp(g_(j+1) + ... + g_i) x_j in each head, x times dt already.
 
     x: [b l h e], B, C: [b l s], log_decay g <= 0: [b l h] -> [b l h e]. In torch, C_i . B_j is made once
-    for all heads; kernel=fla gives each head a copy of B and C.
+    for all heads; kernel=fla gives each head a copy of B and C. `starts`: the chunks that start from
+    H = 0; for packed sequences, and in torch alone.
     """
-    if fla_kernels.chosen(kernel, C, B, x, one_decay=True):
+    if starts is not None:
+        fla_kernels.not_packed(kernel, C, B, x)
+    elif fla_kernels.chosen(kernel, C, B, x, one_decay=True):
         q, k = (part.unsqueeze(2).expand(-1, -1, x.shape[2], -1) for part in (C, B))
         return fla_kernels.decayed_attention(q, k, x, log_decay.unsqueeze(-1))
     dtype, length = x.dtype, x.shape[1]
@@ -57,7 +75,7 @@ def ssd(x: Tensor, B: Tensor, C: Tensor, log_decay: Tensor, *, kernel: str = "to
         end = total[:, :, -1:]
         until_end = (end - total).exp().unsqueeze(-1)
         update = (B.mT @ (x * until_end).flatten(-2)).unflatten(-1, x.shape[-2:])  # [b n s h e]
-        states = before(scan(end.exp().unsqueeze(-1), update, dim=1), dim=1)
+        states = entering(end.exp().unsqueeze(-1), update, starts, dim=1)
         across = (C @ states.flatten(-2)).unflatten(-1, x.shape[-2:]) * total.exp().unsqueeze(-1)
     return (within.transpose(2, 3) + across).flatten(1, 2)[:, :length].to(dtype)
 
@@ -68,7 +86,7 @@ def _in_chunks(x: Tensor) -> Tensor:
 
 
 def gated_norm(y: Tensor, z: Tensor, weight: Tensor, *, eps: float = EPS) -> Tensor:
-    """norm(y silu(z)) of the module docstring. y, z: [b l d], weight: [d] -> [b l d] in the dtype of z."""
+    """norm(y silu(z)) of the module docstring. y, z: [... d], weight: [d] -> [... d] in the dtype of z."""
     dtype = z.dtype
     y, z, weight = at_least_fp32(y, z, weight)
     y = y * F.silu(z)
@@ -91,7 +109,7 @@ def head_width(head_dim: int | None, inner: int) -> int:
 class Mamba2(Mixer):
     """Projections, convolution, gate and norm around `ssd`."""
 
-    traits = Traits(uses_order=True)
+    traits = Traits(uses_order=True, packed=True)
 
     def __init__(
         self,
@@ -114,6 +132,7 @@ class Mamba2(Mixer):
             raise ValueError(f"mamba2 needs eps > 0, got {eps}")
         self.directions = known_directions(directions, "mamba2")
         self.kernel = fla_kernels.checked(kernel, "mamba2")
+        self.traits = fla_kernels.traits_of(self.traits, kernel)
         self.inner, self.d_state, self.eps = expand * place.d_model, d_state, eps
         self.num_heads = self.inner // head_width(head_dim, self.inner)
         sets = self.sets = 2 if directions == "untied" else 1
@@ -136,19 +155,29 @@ class Mamba2(Mixer):
         self.norm_weight = nn.Parameter(torch.ones(self.inner))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        own = 2 * self.d_state + self.num_heads  # of each set of parameters
-        z, x, rest = self.in_proj(x).split([self.inner, self.inner, self.sets * own], dim=-1)
-        BC, step = rest.unflatten(-1, (self.sets, own)).split([own - self.num_heads, self.num_heads], dim=-1)
-        (step,) = at_least_fp32(step)
-        dt = F.softplus(step + self.dt_bias)  # [b l r h]
-        there, back = (x, BC[:, :, 0], dt[:, :, 0]), (x, BC[:, :, -1], dt[:, :, -1])
+        there, back, z = self.streams(x)
         if self.directions == "forward":
             y = forward_alone(self.recurrence, there, mask)
         else:
             y = sum(both_directions(self.recurrence, there, mask, back_streams=back))
         return self.out_proj(gated_norm(y, z, self.norm_weight, eps=self.eps))
 
-    def recurrence(self, x: Tensor, BC: Tensor, dt: Tensor) -> Tensor:
+    def forward_packed(self, x: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
+        there, back, z = self.streams(x)
+        row = LongRow.of(cu_seqlens, x.shape[0], max_len, chunk=CHUNK, gap=TAPS - 1)
+        y = packed_directions(self.recurrence, there, row, directions=self.directions, back_streams=back)
+        return self.out_proj(gated_norm(y, z, self.norm_weight, eps=self.eps))
+
+    def streams(self, x: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
+        """x: [... d_model] -> x [... d], BC [... 2s] and dt [... h], the same for the way back, z [... d]."""
+        own = 2 * self.d_state + self.num_heads  # of each set of parameters
+        z, x, rest = self.in_proj(x).split([self.inner, self.inner, self.sets * own], dim=-1)
+        BC, step = rest.unflatten(-1, (self.sets, own)).split([own - self.num_heads, self.num_heads], dim=-1)
+        (step,) = at_least_fp32(step)
+        dt = F.softplus(step + self.dt_bias)  # [... r h]
+        return (x, BC[..., 0, :], dt[..., 0, :]), (x, BC[..., -1, :], dt[..., -1, :]), z
+
+    def recurrence(self, x: Tensor, BC: Tensor, dt: Tensor, starts: Starts | None = None) -> Tensor:
         """x: [r*b l d], BC: [r*b l 2s], dt: [r*b l h], the rows of each set together -> [r*b l d]."""
         x, BC, dt = (part.unflatten(0, (self.sets, -1)) for part in (x, BC, dt))  # [r b l ...]
         weights, biases = (
@@ -161,7 +190,8 @@ class Mamba2(Mixer):
         x = x.unflatten(-1, (self.num_heads, -1))  # [r b l h e]
         log_decay = -dt * self.A_log.exp()[:, None, None]
         inputs = (x * dt.unsqueeze(-1), *BC.chunk(2, dim=-1), log_decay)
-        mixed = ssd(*(part.flatten(0, 1) for part in inputs), kernel=self.kernel).view(x.shape)
+        inputs = (part.flatten(0, 1) for part in inputs)
+        mixed = ssd(*inputs, kernel=self.kernel, starts=starts).view(x.shape)
         return (mixed + x * self.D[:, None, None, :, None]).flatten(-2).flatten(0, 1)
 
     def state_size(self, length: int) -> int:

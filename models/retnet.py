@@ -17,7 +17,9 @@ Differs  the paper is causal. gamma is the scale of its xPos, the rotation the r
          auto on a GPU in half precision, runs the kernels of fla-core: products, and states between chunks,
          in half precision
 """
-# b batch, l length, h heads, d head dim (keys), e head dim (values)
+# b batch, l length, t packed rows, h heads, d head dim (keys), e head dim (values)
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +27,10 @@ from torch import Tensor, nn
 
 from models import fla_kernels, scan
 from models.common import Mixer, Place, Traits, at_least_fp32, register, rotate
-from models.directions import both_directions, forward_alone, known_directions
+from models.directions import both_directions, forward_alone, known_directions, packed_directions
 from models.head_norm import head_norm, known_kind
+from models.long_row import LongRow
+from models.packed import Segments
 
 EPS = 1e-6  # as released; at the start the squares it is added to are near 1e-5
 BASE = 10_000.0  # of the rotation
@@ -73,16 +77,50 @@ def retention(
         return forward_alone(recurrence, (q, k, v))
     back = (q, k, v) if back is None else real(*back)
     there, returned = both_directions(recurrence, (q, k, v), back_streams=back)
-    own_q, own_k, own_v = at_least_fp32(*back)
-    itself = (own_q * own_k).sum(dim=-1, keepdim=True) * scale * own_v
-    return there + returned - itself.to(v.dtype)
+    return there + returned - itself(*back, scale=scale)
+
+
+def itself(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+    """What each token adds to its own output: q, k [... d], v [... e] -> [... e]."""
+    dtype = v.dtype
+    q, k, v = at_least_fp32(q, k, v)
+    return ((q * k).sum(dim=-1, keepdim=True) * scale * v).to(dtype)
+
+
+def retention_packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_gamma: Tensor,
+    cu_seqlens: Tensor,
+    max_len: int,
+    *,
+    directions: str = "tied",
+    back: tuple[Tensor, Tensor, Tensor] | None = None,
+    kernel: str = "torch",
+) -> Tensor:
+    """`retention` within each packed sequence. q, k: [t h d], v: [t h e] -> [t h e]."""
+    fla_kernels.not_packed(kernel, q, k, v)
+    scale = q.shape[-1] ** -0.5
+    (wide,) = at_least_fp32(v)
+    log_gamma = log_gamma.to(wide.dtype)
+
+    def recurrence(q: Tensor, k: Tensor, v: Tensor, starts: scan.Starts) -> Tensor:
+        log_decay = log_gamma.expand(1, q.shape[1], -1).unsqueeze(-1)  # [1 l h 1]
+        return scan.decayed_attention(q * scale, k, v, log_decay, starts=starts)
+
+    row = LongRow.of(cu_seqlens, q.shape[0], max_len, chunk=scan.CHUNK)
+    mixed = packed_directions(recurrence, (q, k, v), row, directions=directions, back_streams=back)
+    if directions == "forward":
+        return mixed
+    return mixed - itself(*((q, k, v) if back is None else back), scale=scale)
 
 
 @register("retnet")
 class RetNet(Mixer):
     """Projections, rotation, norm and output gate around `retention`."""
 
-    traits = Traits(uses_order=True)
+    traits = Traits(uses_order=True, packed=True)
 
     def __init__(
         self,
@@ -105,6 +143,7 @@ class RetNet(Mixer):
         self.directions = known_directions(directions, "retnet")
         self.head_norm = known_kind(head_norm, "retnet", int(values))
         self.kernel = fla_kernels.checked(kernel, "retnet")
+        self.traits = fla_kernels.traits_of(self.traits, kernel)
         self.state = keys * int(values) * place.num_heads * (1 if directions == "forward" else 2)
         inner = int(values) * place.num_heads
         self.widths = [keys * place.num_heads, keys * place.num_heads, inner]
@@ -125,21 +164,28 @@ class RetNet(Mixer):
                     nn.init.xavier_uniform_(weight, gain=GAIN)
         nn.init.xavier_uniform_(self.out.weight)
 
-    def streams(self, x: Tensor, linear: nn.Linear) -> tuple[Tensor, Tensor, Tensor]:
-        """[b l d_model] -> q, k: [b l h d], turned, v: [b l h e]."""
+    def streams(self, x: Tensor, linear: nn.Linear, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[... l d_model], positions [l] -> q, k: [... l h d], turned, v: [... l h e]."""
         parts = linear(x).split(self.widths, dim=-1)
         q, k, v = (part.unflatten(-1, (self.place.num_heads, -1)) for part in parts)
-        positions = torch.arange(x.shape[1], device=x.device)
-        q, k = (rotate(part.transpose(1, 2), positions, base=BASE).transpose(1, 2) for part in (q, k))
+        q, k = (rotate(part.transpose(-3, -2), positions, base=BASE).transpose(-3, -2) for part in (q, k))
         return q, k, v
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.mixed(retention, x, (mask,), torch.arange(x.shape[1], device=x.device))
+
+    def forward_packed(self, x: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
+        positions = Segments.of(cu_seqlens, x.shape[0]).position
+        return self.mixed(retention_packed, x, (cu_seqlens, max_len), positions)
+
+    def mixed(self, mix: Callable[..., Tensor], x: Tensor, where: tuple, positions: Tensor) -> Tensor:
+        """x: [... l d_model], where: what `mix` knows the sequences by, positions: [l] -> [... l d_model]."""
+        back = None if self.back is None else self.streams(x, self.back, positions)
+        there, log_gamma = self.streams(x, self.there, positions), log_gammas(self.place.num_heads, x.device)
         options = {"directions": self.directions, "kernel": self.kernel}
-        back = None if self.back is None else self.streams(x, self.back)
-        log_gamma = log_gammas(self.place.num_heads, x.device)
-        mixed = retention(*self.streams(x, self.there), log_gamma, mask, back=back, **options)
-        mixed = head_norm(mixed, kind=self.head_norm, eps=EPS).flatten(2)
-        return self.out(mixed * F.silu(self.gate(x)))
+        o = mix(*there, log_gamma, *where, back=back, **options)
+        o = head_norm(o, kind=self.head_norm, eps=EPS).flatten(-2)
+        return self.out(o * F.silu(self.gate(x)))
 
     def state_size(self, length: int) -> int:
         return self.state

@@ -23,14 +23,14 @@ Differs  real parts of A above -1e-4 count as -1e-4 (clip_eigs; of the released 
          half_glu1, blocks of HiPPO and init_c are those of the released code, d_state is smaller; ListOps and
          Text took half_glu2
 """
-# b batch, l length, d channels, r = d_state / 2 states, k directions
+# b batch, l length, t packed rows, d channels, r = d_state / 2 states, k directions
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.common import Mixer, Place, Traits, at_least_fp32, register
-from models.diagonal import diagonal_system
+from models.diagonal import diagonal_system, packed_system
 from models.directions import known_directions
 from models.ssm import OUTPUTS, Output, check_steps, held_input, log_uniform, tagged
 
@@ -39,9 +39,19 @@ INITS_OF_C = ("truncated", "lecun", "complex")
 LEAST_DECAY = 1e-4
 
 
-def s5(x: Tensor, a: Tensor, step: Tensor, b: Tensor, c: Tensor, skip: Tensor, mask: Tensor | None) -> Tensor:
+def s5(
+    x: Tensor,
+    a: Tensor,
+    step: Tensor,
+    b: Tensor,
+    c: Tensor,
+    skip: Tensor,
+    mask: Tensor | None = None,
+    *,
+    packed: tuple[Tensor, int] | None = None,
+) -> Tensor:
     """y of the module docstring. x: [b l d], a: [r], b: [r d], c: [k r d], complex, step: [r], skip: [d],
-    mask: [b l] bool, True = real, or None -> [b l d].
+    mask: [b l] bool, True = real, or None -> [b l d]; or packed, x: [t d], cu_seqlens and max_len -> [t d].
 
     Abar and Bbar are made in float64: 1 - Abar of a slow state is small beside 1.
     """
@@ -50,7 +60,9 @@ def s5(x: Tensor, a: Tensor, step: Tensor, b: Tensor, c: Tensor, skip: Tensor, m
     a = a.to(torch.complex128)
     log_decay = a * step
     inputs = (step * held_input(log_decay))[:, None] * b
-    return torch.addcmul(diagonal_system(x, log_decay, inputs, 2 * c), skip, x).to(dtype)
+    system = log_decay, inputs, 2 * c
+    y = diagonal_system(x, *system) if packed is None else packed_system(x, *system, *packed)
+    return torch.addcmul(y, skip, x).to(dtype)
 
 
 def hippo_normal(size: int) -> tuple[Tensor, Tensor]:
@@ -90,7 +102,7 @@ class HalfGLU(nn.Module):
 class S5(Mixer):
     """The parameters of `s5`, and an output stage."""
 
-    traits = Traits(uses_order=True)
+    traits = Traits(uses_order=True, packed=True)
 
     def __init__(
         self,
@@ -145,12 +157,19 @@ class S5(Mixer):
             self.output = Output(d, d, kind=output)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.output(s5(x, *self.system(), mask))
+
+    def forward_packed(self, x: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
+        return self.output(s5(x, *self.system(), packed=(cu_seqlens, max_len)))
+
+    def system(self) -> tuple[Tensor, ...]:
+        """What `s5` takes after x."""
         real, imag, b, c, skip = at_least_fp32(self.a_real, self.a_imag, self.b, self.c, self.skip)
         a = torch.complex(real.clamp_max(-LEAST_DECAY) if self.clip_eigs else real, imag)
         b, c = torch.view_as_complex(b), torch.view_as_complex(c)
         c = c.expand(2, -1, -1) if self.directions == "tied" else c
         step = self.log_step.double().exp()  # an angle is up to 1e5 times the step
-        return self.output(s5(x, a, step, b, c, skip, mask))
+        return a, step, b, c, skip
 
     def state_size(self, length: int) -> int:
         return self.d_state * (1 if self.directions == "forward" else 2)

@@ -4,6 +4,8 @@ Decays are given as logarithms (at most 0), so that zero is the neutral value of
 log decay, key, value or update is zero leaves the state as it was. States are float32 or better.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,21 +18,51 @@ from models.common import at_least_fp32, full_precision
 CHUNK = 64  # positions
 
 
-def scan(decay: Tensor, update: Tensor, *, dim: int = 1) -> Tensor:
+LEVELS = 6  # of halving where lengths are bounded
+
+
+@dataclass(frozen=True)
+class Starts:
+    """Where sequences start among the positions (or chunks) of a recurrence over several, one after another.
+
+    fresh: [b l] bool, True where the state before is zero; no sequence has more than `reach` positions.
+    """
+
+    fresh: Tensor
+    reach: int
+
+    def mask(self, x: Tensor, dim: int) -> Tensor:
+        """`fresh` as a mask of x [b ...], whose positions lie along `dim`."""
+        b, length = self.fresh.shape
+        return self.fresh.view(b, *[1] * (dim - 1), length, *[1] * (x.dim() - dim - 1))
+
+
+def scan(decay: Tensor, update: Tensor, *, dim: int = 1, reach: int | None = None) -> Tensor:
     """h_t = decay_t h_{t-1} + update_t elementwise along `dim`, h before the first is 0 -> all h_t.
 
     decay broadcasts to update except along `dim`; real or complex. Odd positions are folded into the even
     ones, level by level: work O(l), log2(l) levels, sums and products of the decays alone, never a quotient.
+    `reach`: every run of that many positions has a decay of 0 in it, or updates that are 0. What is done
+    then depends on it alone, not on the length, which may be symbolic to a compiler.
     """
-    return _Scan.apply(decay, update, dim % update.dim(), False)
+    return _Scan.apply(decay, update, dim % update.dim(), False, reach)
 
 
-def matrix_scan(transition: Tensor, update: Tensor) -> Tensor:
+def matrix_scan(transition: Tensor, update: Tensor, *, reach: int | None = None) -> Tensor:
     """H_n = transition_n H_{n-1} + update_n, matrices: transition [... n d d], update [... n d e] -> [... n d
-    e].
+    e]; `reach` as in `scan`.
     """
     with full_precision(update):
-        return _Scan.apply(transition, update, update.dim() - 3, True)
+        return _Scan.apply(transition, update, update.dim() - 3, True, reach)
+
+
+def entering(decay: Tensor, update: Tensor, starts: Starts | None = None, *, dim: int) -> Tensor:
+    """The state before each h_t of `scan`, which is zero where sequences start."""
+    if starts is None:
+        return before(scan(decay, update, dim=dim), dim=dim)
+    fresh = starts.mask(update, dim)
+    states = scan(decay.masked_fill(fresh, 0), update, dim=dim, reach=starts.reach)
+    return before(states, dim=dim).masked_fill(fresh, 0)
 
 
 def before(states: Tensor, *, dim: int) -> Tensor:
@@ -43,29 +75,70 @@ class _Scan(torch.autograd.Function):
     """The recurrence, elementwise or of matrices; its gradient is the same recurrence from the other end."""
 
     @staticmethod
-    def forward(ctx, decay: Tensor, update: Tensor, dim: int, matrices: bool) -> Tensor:
-        states = _prefix(decay, update, dim, matrices)
+    def forward(ctx, decay: Tensor, update: Tensor, dim: int, matrices: bool, reach: int | None) -> Tensor:
+        states = _states(decay, update, dim, matrices, reach)
         ctx.save_for_backward(decay, states)
-        ctx.dim, ctx.matrices = dim, matrices
+        ctx.dim, ctx.matrices, ctx.reach = dim, matrices, reach
         return states
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:
         decay, states = ctx.saved_tensors
         dim, matrices = ctx.dim, ctx.matrices
         adjoint = decay.mH if matrices else decay.conj()
         follows = adjoint.narrow(dim, 1, adjoint.shape[dim] - 1).flip(dim)
         follows = torch.cat([torch.zeros_like(adjoint.narrow(dim, 0, 1)), follows], dim=dim)
-        grad_update = _prefix(follows, grad.flip(dim), dim, matrices).flip(dim)
+        grad_update = _states(follows, grad.flip(dim), dim, matrices, ctx.reach).flip(dim)
         if not ctx.needs_input_grad[0]:
-            return None, grad_update, None, None
+            return None, grad_update, None, None, None
         last = before(states, dim=dim)
         if matrices:
-            return grad_update @ last.mH, grad_update, None, None
+            return grad_update @ last.mH, grad_update, None, None, None
         grad_decay = grad_update * last.conj()
         if not decay.is_complex() and grad_decay.is_complex():
             grad_decay = grad_decay.real
-        return grad_decay.sum_to_size(decay.shape), grad_update, None, None
+        return grad_decay.sum_to_size(decay.shape), grad_update, None, None, None
+
+
+def _states(decay: Tensor, update: Tensor, dim: int, matrices: bool, reach: int | None) -> Tensor:
+    if reach is None:
+        return _prefix(decay, update, dim, matrices)
+    length, levels = update.shape[dim], min(LEVELS, max(0, reach.bit_length() - 3))
+    if levels:
+        block = 2**levels
+        whole = (length + 2 * block - 1) // block * block  # two blocks or more: one is a case of its own
+        after = (0, 0) * (update.dim() - 1 - dim) + (0, whole - length)
+        decay, update = F.pad(decay, after), F.pad(update, after)
+    return _bounded(decay, update, dim, matrices, levels, reach).narrow(dim, 0, length)
+
+
+def _bounded(decay: Tensor, update: Tensor, dim: int, matrices: bool, levels: int, reach: int) -> Tensor:
+    """`_prefix` of `reach`: as many levels of halving, then each position takes in the 2^i before it."""
+    if levels:
+        (first, second), (early, late) = (
+            x.unflatten(dim, (x.shape[dim] // 2, 2)).unbind(dim + 1) for x in (decay, update)
+        )
+        late = _times(second, early, matrices) + late
+        decay = _times(second, first, matrices)
+        odd = _bounded(decay, late, dim, matrices, levels - 1, reach // 2 + 1)
+        even = _times(first, _moved(odd, 1, dim), matrices) + early
+        return torch.stack([even, odd], dim=dim + 1).flatten(dim, dim + 1)
+    step = 1
+    while step < reach:
+        update = update + _times(decay, _moved(update, step, dim), matrices)
+        if 2 * step < reach:
+            decay = _times(decay, _moved(decay, step, dim), matrices)
+        step *= 2
+    return update if reach > 1 else update.clone()
+
+
+def _moved(x: Tensor, step: int, dim: int) -> Tensor:
+    """x moved on along `dim`, zeros first."""
+    return F.pad(x, (0, 0) * (x.dim() - 1 - dim) + (step, 0)).narrow(dim, 0, x.shape[dim])
+
+
+def _times(a: Tensor, b: Tensor, matrices: bool) -> Tensor:
+    return a @ b if matrices else a * b
 
 
 def _prefix(decay: Tensor, update: Tensor, dim: int, matrices: bool) -> Tensor:
@@ -76,31 +149,37 @@ def _prefix(decay: Tensor, update: Tensor, dim: int, matrices: bool) -> Tensor:
     def every_second(x: Tensor, first: int, count: int) -> Tensor:
         return x[(slice(None),) * dim + (slice(first, first + 2 * count - 1 if count else first, 2),)]
 
-    def times(a: Tensor, b: Tensor) -> Tensor:
-        return a @ b if matrices else a * b
-
     pairs, later = length // 2, (length - 1) // 2
     second = every_second(decay, 1, pairs)
     odd = _prefix(
-        times(second, every_second(decay, 0, pairs)),
-        times(second, every_second(update, 0, pairs)) + every_second(update, 1, pairs),
+        _times(second, every_second(decay, 0, pairs), matrices),
+        _times(second, every_second(update, 0, pairs), matrices) + every_second(update, 1, pairs),
         dim,
         matrices,
     )  # states at 1, 3, 5, ...
     states = torch.empty_like(update, memory_format=torch.contiguous_format)
     every_second(states, 1, pairs).copy_(odd)
     states.narrow(dim, 0, 1).copy_(update.narrow(dim, 0, 1))
-    even = times(every_second(decay, 2, later), odd.narrow(dim, 0, later))
+    even = _times(every_second(decay, 2, later), odd.narrow(dim, 0, later), matrices)
     every_second(states, 2, later).copy_(even + every_second(update, 2, later))
     return states
 
 
-def decayed_attention(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, chunk: int = CHUNK) -> Tensor:
+def decayed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    chunk: int = CHUNK,
+    starts: Starts | None = None,
+) -> Tensor:
     """One direction of gated linear attention, in chunks: o_i = S_i^T q_i, S_i = diag(exp(g_i)) S_{i-1} +
     k_i v_i^T, that is o_i = sum over j <= i of (sum over d of q_id k_jd exp(g_(j+1)d + ... + g_id)) v_j.
 
     q, k: [b l h d], v: [b l h e], log_decay g <= 0: [b l h d], or [b l h 1] one for all d -> [b l h e] in the
     dtype of v. No product of decays is divided by another: what underflows is zero, nothing overflows.
+    `starts`: the chunks that start from S = 0.
     """
     dtype, length = v.dtype, v.shape[1]
     q, k, v, log_decay = at_least_fp32(*(in_chunks(x, chunk) for x in (q, k, v, log_decay)))  # [b h n c d]
@@ -112,7 +191,7 @@ def decayed_attention(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, chu
             intra, total = _WithinVector.apply(q, k, v, log_decay)
         end = total[..., -1:, :]
         update = (k * (end - total).exp()).mT @ v  # [b h n d e]
-        states = before(scan(end.mT.exp(), update, dim=2), dim=2)
+        states = entering(end.mT.exp(), update, starts, dim=2)
         out = intra + (q * total.exp()) @ states
     return out_of_chunks(out.to(dtype), length)
 
@@ -206,7 +285,8 @@ class _WithinVector(torch.autograd.Function):
 
 def _halves(x: Tensor, half: int) -> tuple[Tensor, Tensor]:
     """The first and the second half of each 2 * half rows, views: [... c d] -> [... m half d] each."""
-    return x.unflatten(-2, (-1, 2, half)).unbind(-3)
+    halves = x.unflatten(-2, (-1, 2, half))
+    return halves.select(-3, 0), halves.select(-3, 1)  # written to, parts of unbind fix sizes when compiled
 
 
 def _across(q: Tensor, k: Tensor, total: Tensor, half: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from models.common import Block, Place, Traits, at_least_fp32, full_precision, masked_softmax, register
 from models.layers import make_norm
 from models.packed import Chunks
-from models.sums import segment_softmax, sum_chunks
+from models.row_products import sum_chunks
+from models.sums import segment_softmax
 
 Pair = tuple[Tensor, Tensor]  # keys and values, or places of the next token and of the last
 

@@ -1,22 +1,28 @@
-"""The sums of linear attention, over a padded batch and within each packed sequence."""
+"""Linear attention by sums, over a padded batch and within packed sequences; softmax within the latter."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from models.common import full_precision
-from models.packed import CHUNK, Chunks
+from models.common import at_least_fp32, full_precision
+from models.packed import Chunks
+from models.row_products import linear_sums, runs_kernels
 
-# b batch, h heads, l length, t packed tokens, n chunks, c places of a chunk, d, e head dims (keys, values)
+# b batch, h heads, l length, t packed tokens, n chunks, c places of a chunk, m queries, d, e head dims (keys,
+# values)
 
 
 def kernel_sums(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Linear attention before its division, on features that are mapped already.
 
-    q, k: [b h l d], v: [b h l e], at least float32, mask: [b l] bool, True = real
-    -> sum_j (q_i . k_j) v_j [b h l e] and sum_j q_i . k_j [b h l 1] over the real j.
+    q, k: [b h l d], v: [b h l e], mask: [b l] bool, True = real
+    -> sum_j (q_i . k_j) v_j [b h l e] and sum_j q_i . k_j [b h l 1] over the real j, at least float32.
     """
     if mask is not None:
         k = k * mask[:, None, :, None]
+    if runs_kernels(q, k, v):
+        return _sums_of_rows(q, k, v)
+    q, k, v = at_least_fp32(q, k, v)
     with full_precision(v):
         state = torch.einsum("bhld,bhle->bhde", k, v)
         norm = torch.einsum("bhld,bhd->bhl", q, k.sum(dim=-2))
@@ -24,20 +30,20 @@ def kernel_sums(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> 
 
 
 def segment_sums(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int) -> tuple[Tensor, Tensor]:
-    """`kernel_sums` within each packed sequence. q, k: [t h d], v: [t h e], at least float32
-    -> [t h e] and [t h 1]; zeros at filler rows.
+    """`kernel_sums` within each packed sequence. q, k: [t h d], v: [t h e]
+    -> [t h e] and [t h 1], at least float32; zeros at filler rows.
     """
-    chunks = sum_chunks(cu_seqlens, q.shape[0], max_len)
-    v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)  # the column of ones collects the normaliser
-    mixed = chunk_sums(*(chunks.lay_out(x) for x in (q, k, v)), chunks, cu_seqlens.shape[0] - 1)
-    mixed = chunks.take_back(mixed)
-    return mixed[..., :-1], mixed[..., -1:]
+    return linear_sums(q, k, v, cu_seqlens, max_len)
 
 
-def sum_chunks(cu_seqlens: Tensor, num_rows: int, max_len: int) -> Chunks:
-    """Packed rows in chunks of a size for which `chunk_sums` is fast."""
-    size = CHUNK if max_len > 4 * CHUNK else max_len  # cutting short sequences would leave more places unused
-    return Chunks.of(cu_seqlens, num_rows, size=size, max_len=max_len)
+def _sums_of_rows(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """`kernel_sums` of a padded batch as packed rows of sequences of one length."""
+    batch_size, _, length, _ = q.shape
+    cu_seqlens = length * torch.arange(batch_size + 1, dtype=torch.int32, device=q.device)
+    rows = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [t h ...]
+    mixed, norm = linear_sums(*rows, cu_seqlens, length)
+    mixed, norm = (x.unflatten(0, (batch_size, length)).transpose(1, 2) for x in (mixed, norm))
+    return mixed, norm
 
 
 def chunk_sums(q: Tensor, k: Tensor, v: Tensor, chunks: Chunks, batch_size: int) -> Tensor:
@@ -55,7 +61,44 @@ def segment_attention(
 ) -> Tensor:
     """Normalised linear attention within each packed sequence, on features that are mapped already.
 
-    q, k: [t h d], v: [t h e], at least float32 -> [t h e]; zeros at filler rows.
+    q, k: [t h d], v: [t h e] -> [t h e], at least float32; zeros at filler rows.
     """
     mixed, norm = segment_sums(q, k, v, cu_seqlens, max_len)
     return mixed / norm.clamp_min(eps)
+
+
+def segment_softmax(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chunks: Chunks,
+    *,
+    own: tuple[Tensor, Tensor] | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Softmax attention from queries of each sequence to its packed rows, laid out in chunks.
+
+    q: [b m h d], k: [n c h d], v: [n c h e] -> [b m h e], zeros for a sequence without keys. `own` are a key
+    [b h d] and a value [b h e] that each sequence has besides those of its rows.
+    """
+    dtype, batch_size, inside = v.dtype, q.shape[0], chunks.inside[:, None, None, :]
+    q, k = at_least_fp32(q, k)
+    with full_precision(q):
+        q = q * q.shape[-1] ** -0.5
+        scores = torch.einsum("nmhd,nchd->nhmc", chunks.spread(q), k)
+        scores = scores.masked_fill(~inside, torch.finfo(scores.dtype).min)
+        top = chunks.max_by_sequence(scores.detach().amax(dim=-1), batch_size)  # [b h m]
+        if own is not None:
+            own_k, own_v = at_least_fp32(*own)
+            own_scores = torch.einsum("bmhd,bhd->bhm", q, own_k)
+            top = torch.maximum(top, own_scores.detach())
+        weights = (scores - chunks.of_sequence(top).unsqueeze(-1)).exp() * inside
+    kept = F.dropout(weights.to(dtype), dropout)
+    mixed, total = torch.einsum("nhmc,nche->nhme", kept, v), weights.sum(dim=-1, keepdim=True)
+    with full_precision(q):
+        sums = chunks.sum_by_sequence(torch.cat([mixed.to(total.dtype), total], dim=-1), batch_size)
+        mixed, total = sums[..., :-1], sums[..., -1:]  # [b h m e], [b h m 1]
+        if own is not None:
+            weight = (own_scores - top).exp().unsqueeze(-1)
+            mixed, total = mixed + F.dropout(weight, dropout) * own_v.unsqueeze(2), total + weight
+        return (mixed / total.masked_fill(total == 0, 1)).to(dtype).transpose(1, 2)

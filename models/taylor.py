@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.common import Mixer, Place, Traits, at_least_fp32, full_precision, head_products, register
-from models.sums import chunk_sums, kernel_sums, sum_chunks
+from models.row_products import sum_chunks
+from models.sums import chunk_sums, kernel_sums
 
 BLOCK = 256  # monomials made at a time, at most, unless one leading factor has more
 ORDERS = (1, 2, 3)

@@ -1,0 +1,1 @@
+"""Kernels in Triton, which may be missing: `models` imports none of them before one runs."""
