@@ -55,10 +55,18 @@ def build_model(config: RunConfig, *, vocab_size: int | None) -> Backbone:
     )
 
 
-def choose_step(config: RunConfig, device: torch.device, rows: float) -> tuple[str, bool, str]:
-    """The step mode, whether torch.compile takes part, and why.
+def choose_step(
+    config: RunConfig,
+    device: torch.device,
+    rows: float,
+    *,
+    evaluations: float = 0.0,
+    runs: int = 1,
+) -> tuple[str, bool, str]:
+    """The step mode, whether torch.compile takes part, and why. UserError for a mode that cannot be had.
 
-    rows: packed or padded rows of a typical batch. UserError for a mode that cannot be had.
+    rows: packed or padded rows of a typical batch; evaluations: batches that the run evaluates, all in all;
+    runs: how many that differ in the seed alone this process is likely to make.
     """
     train = config.train
     if train.compile is not None and train.step_mode in ("eager", "compiled"):
@@ -77,7 +85,8 @@ def choose_step(config: RunConfig, device: torch.device, rows: float) -> tuple[s
         return ("compiled", True, "as asked") if train.compile else ("eager", False, obstacle)
     if train.compile is not None:
         return "captured", train.compile, "captured steps are the fastest; train.compile as asked"
-    cost, saved = _compile_cost_and_gain(config, rows)
+    cost, saved = _compile_cost_and_gain(config, rows, evaluations)
+    saved *= runs
     if saved > MARGIN * cost:
         return "captured", True, f"compiling takes about {cost:.0f} s and saves about {saved:.0f} s"
     return "captured", False, f"compiling would take about {cost:.0f} s and save about {saved:.0f} s"
@@ -104,9 +113,11 @@ def make_step(config: RunConfig, model: Backbone, device: torch.device, mode: st
     return CapturedStep(model, config.train, device, compiled=compiled, strict=strict)
 
 
-def _compile_cost_and_gain(config: RunConfig, rows: float) -> tuple[float, float]:
-    """Seconds that compiling takes, and seconds that it saves in the whole run."""
+def _compile_cost_and_gain(config: RunConfig, rows: float, evaluations: float) -> tuple[float, float]:
+    """Seconds that compiling takes, and seconds that it saves in the whole run; of the batches evaluated
+    about a third of what it saves in steps.
+    """
     backbone = config.model.backbone
     cost = COMPILE_S + COMPILE_S_PER_LAYER * backbone.num_layers
     saved_ms = backbone.num_layers * (SAVED_MS_PER_LAYER + SAVED_MS_PER_NUMBER * rows * backbone.d_model)
-    return cost, saved_ms / 1e3 * config.train.num_steps
+    return cost, saved_ms / 1e3 * (config.train.num_steps + evaluations / 3)

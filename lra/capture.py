@@ -118,13 +118,17 @@ class CapturedStep(Step):
             torch.cuda.reset_peak_memory_stats(self.device)
             with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
                 result = function(*inputs)
-            self.peak_bytes = max(self.peak_bytes or 0, torch.cuda.max_memory_allocated(self.device))
+            copies = sum(before.nbytes for _, before in kept)
+            peak = torch.cuda.max_memory_allocated(self.device) - copies
+            self.peak_bytes = max(self.peak_bytes or 0, peak)
         finally:
             torch.cuda.synchronize(self.device)
             with torch.no_grad():
                 for tensor, before in kept:
                     tensor.copy_(before)
             torch.cuda.set_rng_state(random_state, self.device)
+            kept.clear()
+            torch.cuda.reset_peak_memory_stats(self.device)
         return Graph(graph, result)
 
     def _changing(self) -> list[Tensor]:

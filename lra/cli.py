@@ -55,8 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> int:
+    told = logging.INFO if os.environ.get("LRA_VERBOSE") else logging.WARNING
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("lra").setLevel(logging.INFO if os.environ.get("LRA_VERBOSE") else logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.setLevel(told)  # a run's log.txt hears more than the terminal
+    logging.getLogger("lra").setLevel(told)
     from lra.stop import Stop, terminate_as_stop
 
     try:

@@ -29,6 +29,7 @@ from lra.schema import BackboneConfig, ModelConfig, PaperConfig, TrainConfig, ch
 
 GROUPS = ("task", "model", "paper", "train", "launcher")
 TOP_LEVEL = ("length", "seed", "batch_size")
+EVALUATIONS = 10  # a run, where the config does not say
 BLOCK_SETTINGS = (
     "ffn",
     "d_ff",
@@ -71,6 +72,16 @@ class RunConfig:
     def padded_length(self) -> int:
         """What rows are padded to: the recipe's own padded length, else the length."""
         return self.task.padded_length or self.length
+
+    @property
+    def eval_every(self) -> int:
+        """Steps between two evaluations."""
+        return self.train.eval_every or max(1, self.train.num_steps // EVALUATIONS)
+
+    @property
+    def evaluations(self) -> int:
+        """How often a run is evaluated while it trains."""
+        return -(-self.train.num_steps // self.eval_every)
 
     @cached_property
     def recipe_version(self) -> str:

@@ -57,12 +57,18 @@ def done(config: RunConfig, store: Store) -> Record | None:
 
 
 def execute(
-    config: RunConfig, *, progress: Progress | None = None, force: bool = False, **labels: Any
+    config: RunConfig,
+    *,
+    progress: Progress | None = None,
+    force: bool = False,
+    runs: int = 1,
+    **labels: Any,
 ) -> Record:
     """Runs `config` to its end and writes its record; a run that is done already is only read.
 
-    `labels` (command, sweep) go into the record as they are. UserError, Stop and Ctrl-C pass through; out of
-    memory, divergence and any other error become the record's status.
+    `runs`: how many of this process are likely to differ from this one in the seed alone. `labels` (command,
+    sweep) go into the record as they are. UserError, Stop and Ctrl-C pass through; out of memory, divergence
+    and any other error become the record's status.
     """
     started = time.perf_counter()
     store = prepared(config)
@@ -87,7 +93,7 @@ def execute(
         kernels = registry.load_models().fla_kernels
         try:
             with kernels.choices() as made:
-                record = train(record, config, store, folder, progress)
+                record = train(record, config, store, folder, progress, runs)
         finally:
             if record.status != "ok":
                 workbench.clear()
@@ -109,14 +115,21 @@ def _held(folder: Path) -> Iterator[None]:
         yield
 
 
-def train(record: Record, config: RunConfig, store: Store, folder: Path, progress: Progress | None) -> Record:
+def train(
+    record: Record,
+    config: RunConfig,
+    store: Store,
+    folder: Path,
+    progress: Progress | None,
+    runs: int = 1,
+) -> Record:
     """The record with what training measured, or with the status and reason of its failure."""
     trainer = None
     if config.task.black == "padding" and registry.traits(config.model).needs_prefix_mask:
         reason = f"{config.model.label} cannot mask single positions, which task.black=padding asks for"
         return dataclasses.replace(record, status="unsupported", reason=reason)
     try:
-        trainer = Trainer(config, store, folder, progress=progress)
+        trainer = Trainer(config, store, folder, progress=progress, runs=runs)
         device = trainer.device
         record = dataclasses.replace(
             record,
@@ -200,10 +213,13 @@ def log_to(path: Path) -> Iterator[None]:
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("lra")
+    before = logger.level
     logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
     try:
         yield
     finally:
+        logger.setLevel(before)
         logger.removeHandler(handler)
         handler.close()
 

@@ -92,12 +92,24 @@ def searching(overrides: Sequence[str]) -> list[str]:
             f"lra search has a model of its own, got {model.input_line}; "
             "name what it may choose from: model.candidates=[softmax,linear,local]"
         )
-    if candidates is not None and not isinstance(candidates.value(), list):
-        raise UserError(f"{candidates.input_line} is no list; write model.candidates=[softmax,linear,local]")
+    settings = given.get("model.settings")
+    if candidates is not None and not _is_list_of_names(candidates.value()):
+        raise UserError(
+            f"{candidates.input_line} is no list of mixers; write model.candidates=[softmax,linear,local]"
+        )
+    if settings is not None and not isinstance(settings.value(), dict):
+        raise UserError(
+            f"{settings.input_line} is no mapping from mixers to settings; "
+            "write model.settings={local:{window:16}}"
+        )
     extra = [] if model is not None else ["model=search"]
     if "train.selection" not in given:
         extra.append("train.selection=last")
     return [*extra, *overrides]
+
+
+def _is_list_of_names(value: Any) -> bool:
+    return isinstance(value, list) and not any(isinstance(name, list | dict) for name in value)
 
 
 def _candidates(overrides: Sequence[str]) -> list[str]:

@@ -27,7 +27,6 @@ log = logging.getLogger(__name__)
 
 WARMUP_STEPS = 10  # untimed steps after a start: kernels load, allocators settle
 STEPS_BETWEEN_AGREEMENTS = 16  # of several processes, on whether to stop
-EVALUATIONS = 10  # a run, where the config does not say
 
 LAST, BEST = (
     "checkpoint/last.pt",
@@ -64,8 +63,15 @@ class Trainer:
     """
 
     def __init__(
-        self, config: RunConfig, store: Store, folder: Path, *, progress: Progress | None = None
+        self,
+        config: RunConfig,
+        store: Store,
+        folder: Path,
+        *,
+        progress: Progress | None = None,
+        runs: int = 1,
     ) -> None:
+        """`runs`: how many runs of this process are likely to differ from this one in the seed alone."""
         self.started = time.perf_counter()
         self.config, self.store, self.folder = config, store, folder
         self.progress = progress or (lambda event: None)
@@ -78,7 +84,7 @@ class Trainer:
         self.layout = choose_layout(config)
         environment.set_precision(train.precision, deterministic=train.deterministic)
         environment.seed_everything(config.seed)
-        bench = workbench.of(config, store, self.device, self.layout)
+        bench = workbench.of(config, store, self.device, self.layout, runs=runs)
         self.bench, self.step, self.model = bench, bench.step, bench.model
         self.mode = self.step.mode
         log.info(
@@ -117,7 +123,7 @@ class Trainer:
             device=self.device,
             packed=self.layout == "packed",
             seed=config.seed,
-            token_sizes=self.bench.token_sizes if self.mode != "eager" else (),
+            token_sizes=self.bench.token_sizes,
             source=self.bench.source,
             world=self.world,
             **decoding(config.task),
@@ -132,7 +138,7 @@ class Trainer:
 
     def _loop(self) -> None:
         train, state = self.config.train, self.state
-        eval_every = train.eval_every or max(1, train.num_steps // EVALUATIONS)
+        eval_every = self.config.eval_every
         checkpoint_every = train.checkpoint_every or eval_every
         segment = _Segment(self)
         with stop_requested() as stop:

@@ -45,9 +45,9 @@ class Workbench:
 _last: Workbench | None = None
 
 
-def of(config: RunConfig, store: Store, device: torch.device, layout: str) -> Workbench:
+def of(config: RunConfig, store: Store, device: torch.device, layout: str, *, runs: int = 1) -> Workbench:
     """The workbench of a run, with the fresh weights of its seed: the last one's, if that was for the same
-    cell and has something worth keeping, else a new one.
+    cell and has something worth keeping, else a new one. `runs`: how many may share it.
     """
     global _last
     train = config.train
@@ -67,16 +67,16 @@ def of(config: RunConfig, store: Store, device: torch.device, layout: str) -> Wo
     sizes = token_sizes(lengths, rows_per_forward, config.task.documents) if layout == "packed" else ()
     padded = rows_per_forward[0] * config.task.documents * config.padded_length
     typical = rows_per_forward[0] * config.task.documents * lengths[0].mean() if sizes else padded
-    mode, compiled, why = choose_step(config, device, typical)
-    largest = max(
-        int(np.sort(split)[-rows * config.task.documents :].sum())
-        for split, rows in zip(lengths, rows_per_forward, strict=True)
-    )
+    evaluated = config.evaluations * (len(splits[1]) / (train.eval_batch_size or config.batch_size))
+    mode, compiled, why = choose_step(config, device, typical, evaluations=evaluated, runs=runs)
+    most = max(rows_per_forward) * config.task.documents  # of any split: a search trains on validation rows
+    largest = max(int(np.sort(split)[-most:].sum()) for split in lengths)
     source, where = choose_source(splits, device, how=config.train.data, largest_batch=largest)
     model = model.to(device)
     parallel.broadcast_([*model.parameters(), *model.buffers()])
     parallel.seed_apart(config.seed)
     step = make_step(config, model, device, mode, compiled=compiled)
+    sizes = sizes if mode != "eager" else ()
     made = Workbench(key, model, step, source, sizes, why, where)
     if mode != "eager" and world.size == 1:
         _last = made

@@ -1,4 +1,6 @@
-"""Rows of a table by id, whose gradient needs no atomic additions where the table is short."""
+"""Rows of a table by id. Compiled for a GPU, an embedding's gradient is atomic additions, which wait for each
+other where a few rows have most of the ids, as letters and padding do: here they do not.
+"""
 # v rows of the table, t ids, d width, n chunks, c ids of a chunk
 
 import torch
@@ -9,22 +11,30 @@ from models.common import at_least_fp32, full_precision
 
 SHORT = 32  # rows of a table up to which its gradient is taken by products
 CHUNK = 256  # ids that one product adds up
+SPREAD = 4096  # rows over which additions to a longer table are spread
 
 
 def lookup(table: Tensor, ids: Tensor) -> Tensor:
-    """table [v d], ids [...] int -> [... d]; on a GPU a short table gets its gradient by products."""
+    """table [v d], ids [...] int -> [... d]; on a GPU a short table gets its gradient by products, and
+    additions to one that is not long are spread.
+    """
     if table.is_cuda and table.shape[0] <= SHORT:
         return lookup_short(table, ids)
+    if table.is_cuda and 2 * table.shape[0] <= SPREAD and not torch.are_deterministic_algorithms_enabled():
+        return lookup_spread(table, ids)
     return F.embedding(ids, table)
 
 
 def lookup_short(table: Tensor, ids: Tensor) -> Tensor:
-    """`lookup` whose gradient, the sum of what came to all ids of a row, is a product with one-hot vectors.
-
-    Compiled for a GPU, an embedding's is atomic additions, which wait for each other where a few rows have
-    all the ids; a product gives the same bits every time.
+    """`lookup` whose gradient, the sum of what came to all ids of a row, is a product with one-hot vectors:
+    the same bits every time.
     """
     return _Lookup.apply(table, ids)
+
+
+def lookup_spread(table: Tensor, ids: Tensor) -> Tensor:
+    """`lookup` whose gradient is added up in copies of the table first, neighbours in different ones."""
+    return _Spread.apply(table, ids)
 
 
 def sums_by_id(rows: Tensor, ids: Tensor, count: int) -> Tensor:
@@ -51,3 +61,20 @@ class _Lookup(torch.autograd.Function):
         (ids,) = ctx.saved_tensors
         (rows,) = at_least_fp32(grad.reshape(-1, grad.shape[-1]))
         return sums_by_id(rows, ids.flatten(), ctx.count).to(grad.dtype), None
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, table: Tensor, ids: Tensor) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.count = table.shape[0]
+        return F.embedding(ids, table)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (ids,) = ctx.saved_tensors
+        ids, copies = ids.flatten(), SPREAD // ctx.count
+        (rows,) = at_least_fp32(grad.reshape(-1, grad.shape[-1]))
+        place = ids * copies + torch.arange(ids.shape[0], device=ids.device) % copies
+        sums = rows.new_zeros(ctx.count * copies, rows.shape[1]).index_add(0, place, rows)
+        return sums.unflatten(0, (ctx.count, copies)).sum(1).to(grad.dtype), None

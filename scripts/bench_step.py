@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: a ladder from a plain PyTorch loop to a captured step on packed tokens.
+"""Where the time of a training step goes: from a plain PyTorch loop to a captured step on packed tokens.
 
 Every rung trains the same model of a recipe on the same data, with its dropout, clipping, schedule and data
 path; each adds one thing to the rung before it:
@@ -10,7 +10,8 @@ path; each adds one thing to the rung before it:
   captured   the whole step in a CUDA graph
   packed     no padding computed
 
-usage: python scripts/bench_step.py [--tasks T ...] [--models M ...] [--rungs R ...] [--paper P] [-o FILE.jsonl] [key=value ...]
+usage: python scripts/bench_step.py [--tasks T,...] [--models M,...] [--rungs R,...] [-o FILE.jsonl]
+       [--profile] [key=value ...]
        python scripts/bench_step.py --table FILE.jsonl ...
 """
 
@@ -131,6 +132,7 @@ def plain_steps(config: RunConfig, store: Store, device: torch.device) -> Iterat
         collate_fn=collate(config),
         persistent_workers=workers > 0,
     )
+    full = bool((np.minimum(store.split("train").lengths, config.length) == config.padded_length).all())
     while True:
         for inputs, mask, labels in loader:
             inputs, mask, labels = (x.to(device, non_blocking=True) for x in (inputs, mask, labels))
@@ -139,7 +141,6 @@ def plain_steps(config: RunConfig, store: Store, device: torch.device) -> Iterat
                 if (beta1 := schedule.beta1(step)) is not None:
                     group["betas"] = (beta1, train.betas[1])
             model.training_update(step)
-            full = bool((np.minimum(store.split("train").lengths, config.length) == config.padded_length).all())
             layout = Padded(len(inputs), config.padded_length, None if full else mask, device)
             optimizer.zero_grad(set_to_none=True)
             with autocast(train.precision, device):
@@ -156,7 +157,7 @@ def plain_steps(config: RunConfig, store: Store, device: torch.device) -> Iterat
             yield
 
 
-def our_steps(config: RunConfig, store: Store, device: torch.device, folder: Path) -> tuple[Iterator, Trainer]:
+def our_steps(config: RunConfig, store: Store, folder: Path) -> tuple[Iterator[None], Trainer]:
     """The steps that `lra train` takes, and the trainer they belong to."""
     trainer = Trainer(config, store, folder)
     batches = trainer.batches["train"]
@@ -166,7 +167,8 @@ def our_steps(config: RunConfig, store: Store, device: torch.device, folder: Pat
         while True:
             trainer.model.training_update(step)
             plans = batches.plans(step, micro_batch=config.train.micro_batch)
-            trainer.step.train(batches, plans, lr=trainer.schedule.lr(step), beta1=trainer.schedule.beta1(step))
+            lr, beta1 = trainer.schedule.lr(step), trainer.schedule.beta1(step)
+            trainer.step.train(batches, plans, lr=lr, beta1=beta1)
             step += 1
             yield
 
@@ -208,11 +210,40 @@ def measure(steps: Iterator[None], device: torch.device) -> tuple[float, list[fl
     return statistics.median(times), np.percentile(times, [25, 75]).tolist()
 
 
-def bench(task: str, model: str, rung: str, paper: str, overrides: list[str], folder: Path) -> Row:
+def profile(steps: Iterator[None], row: Row, path: Path, *, count: int = 5, kernels: int = 40) -> None:
+    """Adds to a file what the kernels of a step are and how long each takes, first all together."""
+    from torch.profiler import ProfilerActivity
+
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(count):
+            next(steps)
+        torch.cuda.synchronize()
+    found = sorted(profiler.key_averages(), key=lambda event: -event.self_device_time_total)
+    total = sum(event.self_device_time_total for event in found) / count
+    launches = sum(event.count for event in found) / count
+    lines = [
+        f"{row.task} {row.model} {row.rung}: {total:.0f} us of kernels in {launches:.0f} launches a step"
+    ]
+    for event in found[:kernels]:
+        time_us, calls = event.self_device_time_total / count, event.count / count
+        lines.append(f"  {time_us:8.1f} us  {calls:5.1f} x  {event.key[:120]}")
+    with open(path, "a") as file:
+        file.write("\n".join(lines) + "\n\n")
+
+
+def bench(
+    task: str,
+    model: str,
+    rung: str,
+    paper: str,
+    overrides: list[str],
+    folder: Path,
+    profiles: Path | None = None,
+) -> Row:
     """One rung of one cell; what fails is a result with a reason."""
     device = environment.pick_device("auto")
-    given = [f"task={task}", f"model={model}", f"paper={paper}", *settings_of(rung, model, device), *overrides]
-    config = compose(given)
+    given = [f"task={task}", f"model={model}", f"paper={paper}", *settings_of(rung, model, device)]
+    config = compose([*given, *overrides])
     row = Row(task, model, rung, config.train.precision, config.batch_size, list(overrides))
     try:
         store = run.prepared(config)
@@ -222,16 +253,19 @@ def bench(task: str, model: str, rung: str, paper: str, overrides: list[str], fo
             torch.cuda.reset_peak_memory_stats()
         with row_products.kernels(rung not in ("plain", "precision")):
             if rung in ("plain", "precision", "kernel"):
-                row.step_ms, row.quartiles = measure(plain_steps(config, store, device), device)
+                steps = plain_steps(config, store, device)
+                row.step_ms, row.quartiles = measure(steps, device)
                 peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
                 row.peak_mib = peak and peak / MIB
             else:
-                steps, trainer = our_steps(config, store, device, folder)
+                steps, trainer = our_steps(config, store, folder)
                 row.step_ms, row.quartiles = measure(steps, device)
                 row.compile_s, row.notes = trainer.step.compile_s, trainer.step.notes
                 if device.type == "cuda":
                     peak = max(torch.cuda.max_memory_allocated(), trainer.step.peak_bytes or 0)
                     row.peak_mib = peak / MIB
+            if profiles and device.type == "cuda":
+                profile(steps, row, profiles)
     except Exception as error:
         row.status = "oom" if environment.out_of_memory(error) else "failed"
         row.reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
@@ -248,7 +282,10 @@ def bench(task: str, model: str, rung: str, paper: str, overrides: list[str], fo
 def table(rows: list[Row]) -> str:
     """One line a cell: ms per rung, and the last rung against the first; the geometric mean at the end."""
     rungs = [rung for rung in RUNGS if any(row.rung == rung for row in rows)]
-    lines = ["| task | mechanism | " + " | ".join(rungs) + " | last / first |", "|" + "---|" * (len(rungs) + 3)]
+    lines = [
+        "| task | mechanism | " + " | ".join(rungs) + " | last / first |",
+        "|" + "---|" * (len(rungs) + 3),
+    ]
     gains = []
     for cell in dict.fromkeys((row.task, row.model, tuple(row.overrides)) for row in rows):
         mine = {row.rung: row for row in rows if (row.task, row.model, tuple(row.overrides)) == cell}
@@ -258,9 +295,12 @@ def table(rows: list[Row]) -> str:
             gains.append(first.step_ms / last.step_ms)
             gain = f"{gains[-1]:.1f}"
         name = " ".join((cell[1], *cell[2]))
-        lines.append(f"| {cell[0]} | {name} | " + " | ".join(_cell(mine.get(r)) for r in rungs) + f" | {gain} |")
+        lines.append(
+            f"| {cell[0]} | {name} | " + " | ".join(_cell(mine.get(r)) for r in rungs) + f" | {gain} |"
+        )
     if gains:
-        lines.append(f"\nGeometric mean of last / first over {len(gains)} cells: {statistics.geometric_mean(gains):.1f}")
+        mean = statistics.geometric_mean(gains)
+        lines.append(f"\nGeometric mean of last / first over {len(gains)} cells: {mean:.1f}")
     return "\n".join(lines)
 
 
@@ -273,30 +313,40 @@ def _cell(row: Row | None) -> str:
     return f"{row.step_ms:.2f} ({low:.2f}-{high:.2f})"
 
 
+def comma_list(text: str) -> list[str]:
+    return text.split(",")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes of the recipe, for all cells")
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS))
-    parser.add_argument("--models", nargs="+", default=list(MODELS))
-    parser.add_argument("--rungs", nargs="+", default=list(RUNGS), choices=RUNGS)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes of the recipe, everywhere")
+    for name, usual in (("tasks", TASKS), ("models", MODELS), ("rungs", RUNGS)):
+        parser.add_argument(f"--{name}", type=comma_list, default=usual, help=f"of {','.join(usual)}")
     parser.add_argument("--paper", default="nystromformer2021")
     parser.add_argument("--time-limit", type=float, default=float("inf"), help="seconds to begin rungs in")
-    parser.add_argument("--table", nargs="+", type=Path, metavar="FILE.jsonl", help="print rows measured before")
+    parser.add_argument("--table", nargs="+", type=Path, metavar="FILE.jsonl", help="print rows made before")
+    parser.add_argument(
+        "--profile", action="store_true", help="write FILE.profiles.txt: kernels of each rung"
+    )
     parser.add_argument("-o", "--output", type=Path, help="a .jsonl file that rows are added to")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
+    if wrong := set(args.rungs) - set(RUNGS):
+        parser.error(f"unknown rungs {', '.join(sorted(wrong))}; there are {', '.join(RUNGS)}")
     if args.table:
-        print(table([Row(**json.loads(line)) for path in args.table for line in path.read_text().splitlines()]))
+        lines = [line for path in args.table for line in path.read_text().splitlines()]
+        print(table([Row(**json.loads(line)) for line in lines]))
         return 0
     rows, started, left_out = [], time.perf_counter(), 0
     folder = Path(args.output or "bench_step").with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
+    profiles = folder.with_suffix(".profiles.txt") if args.profile else None
     for task in args.tasks:
         for model in args.models:
             for rung in args.rungs:
                 if time.perf_counter() - started > args.time_limit:
                     left_out += 1
                     continue
-                row = bench(task, model, rung, args.paper, args.overrides, folder)
+                row = bench(task, model, rung, args.paper, args.overrides, folder, profiles)
                 rows.append(row)
                 print(f"{task} {model} {rung}: {_cell(row)} {row.reason or ''}", file=sys.stderr, flush=True)
                 if args.output:

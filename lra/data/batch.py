@@ -99,6 +99,8 @@ def assemble(form: Form, tokens: Tensor, numbers: Tensor, rows: Tensor) -> tuple
     else:
         mask = within < ends.diff()[:, None]
         stored = tokens[torch.where(mask, starts[:, None] + within, 0)]
+        if not form.full:
+            stored = torch.where(mask, stored, 0)  # the padding id; models with some quirks read it
         if form.zero_is_padding:
             mask = mask & (stored != 0)
         layout = Padded(num_sequences, form.padded_length, None if form.full else mask, tokens.device)

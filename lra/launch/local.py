@@ -35,6 +35,7 @@ class Job:
     overrides: tuple[str, ...]
     labels: dict[str, Any] = field(default_factory=dict)
     force: bool = False
+    runs: int = 1  # of its cell, that its worker is likely to make
 
     @property
     def cell(self) -> str:
@@ -198,7 +199,7 @@ def _work(pipe: Connection) -> None:
         while (job := pipe.recv()) is not None:
             try:
                 config = compose(job.overrides)
-                record = run.execute(config, progress=pipe.send, force=job.force, **job.labels)
+                record = run.execute(config, progress=pipe.send, force=job.force, runs=job.runs, **job.labels)
             except UserError as error:
                 pipe.send({"error": str(error), "busy": isinstance(error, Busy)})
             else:

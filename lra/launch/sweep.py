@@ -2,9 +2,11 @@
 launch.
 """
 
+import dataclasses
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +16,7 @@ from lra import environment, parallel, run
 from lra.config import RunConfig, compose, expand
 from lra.errors import UserError
 from lra.launch.display import Display
-from lra.launch.local import Job, run_all
+from lra.launch.local import Job, run_all, visible_gpus
 from lra.records import Record
 
 log = logging.getLogger(__name__)
@@ -83,6 +85,10 @@ def _run_sweep(configs: list[RunConfig], *, force: bool, labels: dict[str, Any])
             finished[run_id] = record
         else:
             jobs.append(Job(run_id, config.overrides, labels, force))
+    cells = Counter(job.cell for job in jobs)
+    workers = max(1, min(len(visible_gpus()), len(jobs)))
+    spread = max(1, workers // max(1, len(cells)))  # workers that are likely to share a cell
+    jobs = [dataclasses.replace(job, runs=-(-cells[job.cell] // spread)) for job in jobs]
     console = Console(stderr=True)
     if finished:
         console.print(f"{len(finished)} of {len(order)} runs are done already", highlight=False)

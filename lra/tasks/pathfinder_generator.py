@@ -17,6 +17,7 @@ and they become vector instructions.
 import numpy as np
 
 from lra.tasks.listops_generator import compiled
+from lra.tasks.pathfinder_picture import develop
 from lra.tasks.pathfinder_tables import settings, tables
 
 # Numba's cache on the disk watches the file of a function and nothing that it imports. So every constant and
@@ -37,10 +38,10 @@ def draw_images(seed: int, size: int, level: str, first: int, count: int) -> tup
 
 def draw_details(seed: int, size: int, level: str, first: int, count: int) -> tuple[np.ndarray, ...]:
     """`draw_images`, the discs' centres int64 [count, 2, 2] and the pairs of snakes that failed [count]."""
-    chosen = settings(size, level)
-    pixels, labels, which, discs, failures = _draw_block(
-        tables(size, level), np.uint64(seed), np.uint64(chosen.code), np.uint64(first), count
-    )
+    chosen, t = settings(size, level), tables(size, level)
+    code = np.uint64(chosen.code)
+    snakes, labels, which, discs, failures = _draw_block(t, np.uint64(seed), code, np.uint64(first), count)
+    pixels = develop(t, snakes, discs)
     return pixels, labels, np.array(chosen.margins, np.uint8)[which], discs, failures
 
 
@@ -332,65 +333,17 @@ def render(m, path, picture):
 
 
 @compiled
-def resized_pixel(total):
-    """A sum of pixels times fixed-point coefficients, rounded and clipped to 0..255."""
-    return max(0, min(255, (total + (1 << 21)) >> 22))
-
-
-@compiled
-def add_disc(t, picture, centre_y, centre_x):
-    """Draw a disc into a picture. It is drawn finer and resized; only its surroundings are computed."""
-    size, taps, reach = len(picture), t.disc_units.shape[1], np.int64(t.disc_radius)
-    # Resizing spreads a fine pixel over taps / antialias pixels, so the disc fades to 0 within this distance.
-    half = (reach + taps) // t.antialias + 1
-    top, left = centre_y * t.antialias - reach, centre_x * t.antialias - reach
-    first_x, end_x = max(0, centre_x - half), min(size, centre_x + half + 1)
-    across = np.zeros((2 * reach + 1, size), np.int64)
-    for row in range(2 * reach + 1):
-        for x in range(first_x, end_x):
-            total = 0
-            for tap in range(taps):
-                column = t.disc_starts[x] + tap - left
-                if (column - reach) ** 2 + (row - reach) ** 2 <= t.disc_radius**2:
-                    total += 255 * t.disc_units[x, tap]
-            across[row, x] = resized_pixel(total)
-    for y in range(max(0, centre_y - half), min(size, centre_y + half + 1)):
-        for x in range(first_x, end_x):
-            total = 0
-            for tap in range(taps):
-                row = t.disc_starts[y] + tap - top
-                if 0 <= row <= 2 * reach:
-                    total += t.disc_units[y, tap] * across[row, x]
-            picture[y, x] = max(picture[y, x], np.uint8(resized_pixel(total)))
-
-
-@compiled
-def save(t, targets, distractors, discs, pixels):
-    """Combine three pictures and stretch what comes out over 0..255."""
-    size = len(pixels)
-    light = np.empty((size, size))
-    for y in range(size):
-        for x in range(size):
-            snakes = max(t.target_light[targets[y, x]], t.distractor_light[distractors[y, x]])
-            light[y, x] = max(snakes, discs[y, x] / 255)
-    low = light.min()
-    scale = 255 / (light.max() - low)
-    for y in range(size):
-        for x in range(size):
-            pixels[y, x] = np.uint8(np.floor(max(0.0, min(255.0, (light[y, x] - low) * scale)) + 0.5))
-
-
-@compiled
 def _draw_block(t, seed, code, first, count):
-    """Pixels, labels, numbers of the margins, discs [count, 2, (y, x)] and failed pairs of a block."""
+    """A block's stamped target snakes and shorter ones uint8 [count, 2, size, size], labels, numbers of the
+    margins, centres of the discs [count, 2, (y, x)] and failed pairs.
+    """
     size = t.margins[0].size
-    pixels = np.empty((count, size, size), np.uint8)
+    snakes = np.zeros((count, 2, size, size), np.uint8)
     labels, which = np.empty(count, np.uint8), np.empty(count, np.uint8)
     discs, failures = np.empty((count, 2, 2), np.int64), np.empty(count, np.int64)
     stream, states = np.empty(1, np.uint64), np.empty((2, 5), np.int64)
     paths = np.empty((2, t.contour_length, 3), np.int64)
     mask = np.empty((size, size), np.uint8)
-    pictures = np.empty((3, size, size), np.uint8)
     for index in range(count):
         start_stream(stream, seed, code, first + np.uint64(index))
         labels[index] = pick(stream, 2)
@@ -398,14 +351,10 @@ def _draw_block(t, seed, code, first, count):
         m = t.margins[which[index]]
         sums, closed = np.empty(m.weights.shape[1]), np.empty_like(m.empty_closed)
         failures[index] = draw_pair(m, states, paths, mask, closed, stream, sums)
-        pictures[:] = 0
         for snake in range(2):
-            render(m, paths[snake], pictures[0])
-        draw_distractors(t, m, states[0], pictures[1], mask, closed, stream, sums)
+            render(m, paths[snake], snakes[index, 0])
+        draw_distractors(t, m, states[0], snakes[index, 1], mask, closed, stream, sums)
         origin = pick(stream, 2)
         discs[index, 0] = paths[origin, 0, 1:]
         discs[index, 1] = paths[origin if labels[index] == 1 else 1 - origin, t.contour_length - 1, 1:]
-        for y, x in discs[index]:
-            add_disc(t, pictures[2], y, x)
-        save(t, pictures[0], pictures[1], pictures[2], pixels[index])
-    return pixels, labels, which, discs, failures
+    return snakes, labels, which, discs, failures

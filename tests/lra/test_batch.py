@@ -106,6 +106,11 @@ def test_two_documents_of_a_row_stay_together():
     assert documents_of(batch, True) == expected
 
 
+def test_padding_is_id_zero_whatever_the_split_begins_with():
+    batch = next(batches(packed=False).in_order())
+    assert not batch.inputs[~batch.layout.mask].any() and batch.inputs[batch.layout.mask].all()
+
+
 @pytest.mark.parametrize("packed", [True, False])
 def test_full_rows_need_no_mask(packed):
     made = batches([12] * 6, length=12, packed=packed)

@@ -11,6 +11,7 @@ from scipy import ndimage
 
 from lra.tasks import pathfinder_generator as generator
 from lra.tasks.pathfinder_generator import draw_details, draw_images, uniforms
+from lra.tasks.pathfinder_picture import add_disc
 from lra.tasks.pathfinder_raster import dilated, disk
 from lra.tasks.pathfinder_tables import ANTIALIAS, LEVELS, SIZES, settings, tables
 
@@ -37,7 +38,7 @@ def test_discs_equal_pillows_anywhere_in_the_window(size):
         picture = Image.fromarray((fine * 255).astype(np.uint8))
         wanted = np.asarray(picture.resize((size, size), Image.Resampling.LANCZOS))
         found = np.zeros((size, size), np.uint8)
-        generator.add_disc(t, found, y, x)
+        add_disc(t, found, y, x)
         np.testing.assert_array_equal(found, wanted)
 
 

@@ -180,7 +180,9 @@ def test_validation_batches_leave_statistics_and_centroids_alone(tiny, tmp_path)
     [
         (["model.candidates=[identity,linear],[identity,foo]"], "'foo' is unknown"),
         (["model.candidates=identity,linear"], r"write model.candidates=\[softmax"),
+        (["model.candidates=[identity,[linear]]"], "is no list of mixers"),
         (["seed=0,0"], "asked for twice"),
+        (["model.settings=[1]"], "is no mapping from mixers"),
         (["model.settings={local:{window:abc}}"], "window='abc' is no int"),
         (["model.settings={local:{window:2.5}}"], "window=2.5 is no int"),
         (["model.settings={local:3}"], "settings of 'local' are 3"),

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from small_tasks import MODEL as TINY_MODEL
+from small_tasks import write_papers, write_reviews
 
 from lra import run
 from lra.assembly import build_model, choose_layout
@@ -11,28 +13,20 @@ from lra.data.batch import Batches, decoding
 from lra.data.prepare import prepare
 from lra.errors import UserError
 
-MODEL = ["model.d_model=16", "model.d_ff=32", "model.num_layers=1", "train.num_steps=4", "train.eval_every=4"]
+MODEL = [*TINY_MODEL, "train.num_steps=4", "train.eval_every=4"]
 PATHFINDER = ["task=pathfinder32", "task.num_images=100", "batch_size=8"]
 
 
 @pytest.fixture
 def papers(tmp_path, monkeypatch):
     monkeypatch.setenv("LRA_DATA", str(tmp_path / "data"))
-    (tmp_path / "texts").mkdir()
-    for index in range(8):
-        (tmp_path / "texts" / f"P{index}.txt").write_text(f"paper {index} " * (index + 3))
-    rows = [f"{split}\t{i % 2}\tP{i}\tP{(i + 3) % 8}" for split in ("train", "val", "test") for i in range(8)]
-    (tmp_path / "pairs.tsv").write_text("\n".join(["split\tlabel\tid1\tid2", *rows, ""]))
-    return [f"task.source={tmp_path}", "batch_size=4"]
+    return [f"task.source={write_papers(tmp_path / 'papers')}", "batch_size=4"]
 
 
 @pytest.fixture
 def reviews(tmp_path, monkeypatch):
     monkeypatch.setenv("LRA_DATA", str(tmp_path / "data"))
-    for part in ("train", "test"):
-        lines = [f"{part} {'great' if i % 2 else 'dull'} film {i},{i % 2}" for i in range(40)]
-        (tmp_path / f"{part}.csv").write_text("\n".join(["text,label", *lines]))
-    return [f"task.source={tmp_path}", "batch_size=8"]
+    return [f"task.source={write_reviews(tmp_path / 'reviews')}", "batch_size=8"]
 
 
 @pytest.mark.parametrize("more", [[], ["task.input=continuous"], ["task.input=continuous", "layout=padded"]])

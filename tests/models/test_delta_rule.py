@@ -1,8 +1,14 @@
-"""The delta rule in chunks equals a loop over tokens, in values and gradients, also where that is hard."""
+"""The delta rule in chunks equals a loop over tokens, in values and gradients, also where that is hard.
+
+At the end, what DeltaNet and Gated DeltaNet have in common.
+"""
+
+import importlib
 
 import pytest
 import torch
 
+from models import Place, build
 from models.delta_rule import delta_rule, queries_keys_values, rms_norm, unit, unit_inverse
 
 
@@ -120,3 +126,37 @@ def test_what_is_kept_in_memory_of_half_precision_is_little():
 def test_the_triton_kernel_is_refused_where_it_cannot_run():
     with pytest.raises(RuntimeError, match="kernel=fla cannot run: it needs a CUDA device"):
         delta_rule(*streams(3), kernel="fla")
+
+
+LAYERS = pytest.mark.parametrize("name", ["deltanet", "gated_deltanet"])
+
+
+@LAYERS
+def test_tied_is_the_causal_layer_on_the_sequence_and_on_the_reversed_one(name):
+    x, place = draw(2, 70, 16), Place(d_model=16, num_heads=2, max_len=80, bias=False)
+    causal, both = build(name, place, directions="forward").double(), build(name, place).double()
+    both.load_state_dict(causal.state_dict())
+    torch.testing.assert_close(both(x), causal(x) + causal(x.flip(1)).flip(1), rtol=0, atol=1e-12)
+
+
+@LAYERS
+@pytest.mark.parametrize("width", [64, 256])
+def test_at_first_a_branch_is_neither_silent_nor_loud(name, width, monkeypatch):
+    """Also for the norm of a head's output: its eps is small beside the mean square."""
+    file, normed = importlib.import_module(f"models.{name}"), []
+    honest = file.rms_norm
+    monkeypatch.setattr(file, "rms_norm", lambda *args: normed.append(honest(*args)) or normed[-1])
+    out = build(name, Place(width, width // 32, max_len=128))(torch.randn(2, 128, width))
+    assert 0.1 < out.std() < 1
+    assert {"deltanet": 0.9, "gated_deltanet": 0.6}[name] < normed[0].square().mean().sqrt() < 1
+
+
+@LAYERS
+def test_layers_start_as_torch_starts_linear_ones(name):
+    layer = build(name, Place(d_model=64, num_heads=16, max_len=80))
+    linear = {n: part for n, part in layer.named_modules() if isinstance(part, torch.nn.Linear)}
+    assert {"project", "out", "rates"} <= linear.keys()
+    for part in linear.values():
+        bound = part.in_features**-0.5
+        assert 0.95 * bound < part.weight.abs().max() <= bound
+    assert not any(bias.any() for n, bias in layer.named_parameters() if n.endswith(".bias"))

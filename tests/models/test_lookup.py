@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.lookup import CHUNK, SHORT, lookup, lookup_short
+from models.lookup import CHUNK, SHORT, lookup, lookup_short, lookup_spread
 
 
 def gradient(function, table, ids, weight):
@@ -33,6 +33,16 @@ def test_gradcheck_of_first_and_second_derivatives():
     ids = torch.tensor([[0, 2, 2], [3, 0, 0]])
     assert torch.autograd.gradcheck(lambda t: lookup_short(t, ids), table)
     assert torch.autograd.gradgradcheck(lambda t: lookup_short(t, ids).square(), table)
+
+
+@pytest.mark.parametrize("count", [1, 7, 257, 2048])
+@pytest.mark.parametrize("shape", [(), (0,), (5,), (3, 700)])
+def test_a_spread_gradient_equals_that_of_an_embedding(count, shape):
+    table, ids = torch.randn(count, 6, dtype=torch.float64), torch.randint(count, shape)
+    weight = torch.randn(*shape, 6, dtype=torch.float64)
+    expected, found = (gradient(f, table, ids, weight) for f in (embedding, lookup_spread))
+    assert torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-12)  # float64 rounding of 2,000 addends
 
 
 def test_gradients_in_half_precision_are_added_in_float32():

@@ -46,12 +46,6 @@ def test_recurrence_parameters_train_by_themselves():
     assert tagged == dict.fromkeys(("nu", "theta", "log_gamma", "b"), 0.3)
 
 
-def test_forward_looks_at_the_past_alone():
-    mechanism, x = build("lru", PLACE, directions="forward").eval(), torch.randn(1, 40, 8)
-    longer = torch.cat([x, torch.randn(1, 20, 8)], dim=1)
-    torch.testing.assert_close(mechanism(longer)[:, :40], mechanism(x))
-
-
 def test_the_state_is_counted_in_real_numbers_of_both_directions():
     assert build("lru", PLACE).state_size(1000) == 4 * 64
     assert build("lru", PLACE, directions="forward").state_size(10) == 2 * 64

@@ -82,21 +82,6 @@ def test_float32_kernels_of_16384_taps_are_those_of_float64(state_init):
     assert (mechanism.kernels(16384) - wide).abs().max() < 1e-4 * wide.abs().max()  # found 1e-5
 
 
-def test_one_kernel_for_both_directions_commutes_with_reversal_and_two_do_not():
-    x = torch.randn(2, 20, 4, dtype=torch.float64)
-    for directions, commutes in (("tied", True), ("untied", False)):
-        mechanism = build("s4d", PLACE, d_state=4, directions=directions).double()
-        difference = (mechanism(x.flip(1)).flip(1) - mechanism(x)).abs().max()
-        assert (difference < 1e-12) == commutes
-
-
-def test_forward_looks_at_the_past_alone():
-    mechanism = build("s4d", PLACE, d_state=4, directions="forward").double()
-    x = torch.randn(2, 20, 4, dtype=torch.float64)
-    later = torch.where(torch.arange(20)[:, None] < 11, x, torch.randn_like(x))
-    torch.testing.assert_close(mechanism(later)[:, :11], mechanism(x)[:, :11], rtol=0, atol=1e-12)
-
-
 def test_the_defaults_are_those_of_the_paper():
     """state-spaces/s4: d_state 64, steps of 1e-3 to 0.1, A, B and step at 1e-3 beside 1e-2."""
     own = {n: p.default for n, p in own_parameters(type(build("s4d", PLACE))).items()}
@@ -111,28 +96,6 @@ def test_the_defaults_are_those_of_the_paper():
         "ssm_lr_scale": 0.1,
         "dt_lr_scale": None,
     }
-
-
-def test_outputs_and_skips_start_normal_and_of_both_directions_differently():
-    mechanism = build("s4d", Place(d_model=200, num_heads=2, max_len=8))
-    assert mechanism.c.shape == (2, 200, 32, 2)
-    assert abs(mechanism.c.mean()) < 0.02 and abs(mechanism.skip.mean()) < 0.3
-    assert 0.48 < mechanism.c.var() < 0.52  # real and imaginary parts of variance 1 / 2: 25,600 numbers
-    assert 0.7 < mechanism.skip.var() < 1.4  # 200 numbers
-    assert (mechanism.c[0] != mechanism.c[1]).all()
-
-
-@pytest.mark.parametrize(("directions", "ways"), [("forward", 1), ("tied", 2), ("untied", 2)])
-def test_the_state_is_counted_in_real_numbers_of_each_direction(directions, ways):
-    mechanism = build("s4d", PLACE, d_state=6, directions=directions)
-    assert mechanism.state_size(10) == mechanism.state_size(1000) == ways * 6 * 4
-
-
-def test_the_step_may_learn_at_another_rate():
-    mechanism = build("s4d", PLACE, ssm_lr_scale=0.25, dt_lr_scale=1.0)
-    assert mechanism.log_step.lr_scale == 1.0 and mechanism.log_step.no_weight_decay
-    assert mechanism.log_decay.lr_scale == mechanism.b.lr_scale == 0.25
-    assert build("s4d", PLACE, ssm_lr_scale=0.25, dt_lr_scale=0.0).log_step.lr_scale == 0.0
 
 
 @pytest.mark.parametrize("discretisation", ["zoh", "bilinear"])

@@ -83,12 +83,6 @@ def test_a_pole_in_the_right_half_plane_grows_only_where_poles_are_not_clipped(c
     assert (late < 1.1 * early) if clip_eigs else (late > 1e3 * early)
 
 
-def test_forward_looks_at_the_past_alone():
-    mechanism, x = build("s5", PLACE, directions="forward").eval(), torch.randn(1, 40, 8)
-    longer = torch.cat([x, torch.randn(1, 20, 8)], dim=1)
-    torch.testing.assert_close(mechanism(longer)[:, :40], mechanism(x))
-
-
 def test_the_state_is_counted_in_real_numbers_of_both_directions():
     assert build("s5", PLACE).state_size(1000) == 2 * 64
     assert build("s5", PLACE, directions="forward").state_size(10) == 64

@@ -63,6 +63,15 @@ def swapped(args, kwargs):
     return args, kwargs
 
 
+def late(*places):
+    """The arguments at these places one position late, the last one first."""
+
+    def alter(args, kwargs):
+        return [x.roll(1, dims=1) if i in places else x for i, x in enumerate(args)], kwargs
+
+    return alter
+
+
 def changed(**values):
     """Keyword arguments become `values[name](old value)`."""
 

@@ -7,13 +7,9 @@ import torch
 from models import Place, build
 from models.delta_rule import delta_rule
 from proofs.faults import Plant, changed, other_eps, swapped
-from proofs.kit import Limit, Oracle, affine, distance, draw, file_of, rows
+from proofs.kit import Limit, Oracle, affine, distance, draw, file_of, rows, silu
 
 NORM_EPS, UNIT_EPS = 1e-5, 1e-6
-
-
-def silu(x):
-    return x / (1 + torch.exp(-x))
 
 
 def short_convolution(u, weight):

@@ -6,8 +6,8 @@ import torch
 
 from models import Place, build
 from models.gla import gla
-from proofs.faults import Plant, other_eps, swapped, unmasked, unscaled
-from proofs.kit import NORM_EPS, Limit, Oracle, affine, distance, draw, file_of, rows
+from proofs.faults import Plant, late, other_eps, swapped, unmasked, unscaled
+from proofs.kit import NORM_EPS, SINGLE, Limit, Oracle, affine, distance, draw, file_of, rows
 
 CASES = [{}, {"directions": "untied", "expand_k": 1.0, "head_norm": "layer"}, {"directions": "forward"}]
 
@@ -103,7 +103,6 @@ def layer_against_fla():
         return distance(expected, layer(x))
 
 
-SINGLE = 1e-5  # their float32
 SOURCE = "fla-core 0.6.0, ops/gla/naive.py"
 ORACLES = [
     Oracle(SOURCE, "forward, outputs of naive_recurrent_gla", against_fla, SINGLE),
@@ -112,16 +111,10 @@ ORACLES = [
 ]
 
 
-def late(args, kwargs):
-    """Decays one position late."""
-    args[3] = args[3].roll(1, dims=1)
-    return args, kwargs
-
-
 FAULTS = {
     "no scale": Plant("gla", unscaled()),
     "no mask": Plant("gla", unmasked, check="content_invariance"),
     "k and v swapped": Plant("gla", swapped, {"expand_k": 1.0}),
-    "window off by one": Plant("gla", late),
+    "window off by one": Plant("gla", late(3)),  # decays
     "wrong eps": Plant("head_norm", other_eps),
 }

@@ -4,8 +4,8 @@ import torch
 
 from models import Place, build
 from models.hgrn import hgru
-from proofs.faults import NO_KEYS, NO_SCALE, Plant, other_eps, unmasked
-from proofs.kit import NORM_EPS, Limit, Oracle, affine, distance, draw, file_of, rows
+from proofs.faults import NO_KEYS, NO_SCALE, Plant, late, other_eps, unmasked
+from proofs.kit import NORM_EPS, SINGLE, Limit, Oracle, affine, distance, draw, file_of, rows
 
 CASES = [
     {},
@@ -118,7 +118,6 @@ def layer_against_fla():
         return distance(expected, layer(x))
 
 
-SINGLE = 1e-5  # their float32
 SOURCE = "fla-core 0.6.0, ops/hgrn/naive.py"
 ORACLES = [
     Oracle(SOURCE, "forward, real states of naive_recurrent_hgrn", against_fla, SINGLE),
@@ -127,16 +126,10 @@ ORACLES = [
 ]
 
 
-def late(args, kwargs):
-    """Decays one position late."""
-    args[0] = args[0].roll(1, dims=1)
-    return args, kwargs
-
-
 FAULTS = {
     "no scale": NO_SCALE,
     "no mask": Plant("hgru", unmasked, check="content_invariance"),
     "k and v swapped": NO_KEYS,
-    "window off by one": Plant("hgru", late),
+    "window off by one": Plant("hgru", late(0)),  # decays
     "wrong eps": Plant("normed", other_eps),
 }

@@ -23,6 +23,7 @@ from torch import Tensor
 # x [l width] one row, real: its list of real positions, q, k, v [l d] of one head
 
 NORM_EPS = 1e-5
+SINGLE = 1e-5  # tolerance for an oracle that computes in float32
 PACKAGES = (
     "transformers",
     "performer-pytorch",
@@ -102,6 +103,10 @@ def affine(linear, x):
     return x @ linear.weight.T + (0 if linear.bias is None else linear.bias)
 
 
+def silu(x):
+    return x / (1 + torch.exp(-x))
+
+
 def rotated(x, base):
     """Pair i of position p, read as a complex number, times exp(1j p base^(-2i/d)) (2104.09864, eq. 34)."""
     half = x.shape[-1] // 2
@@ -177,6 +182,15 @@ def file_of(package, path, *, without=()):
     with mock.patch.dict(sys.modules, stands_in):
         spec.loader.exec_module(module)
     return module
+
+
+def with_drawn_weights(package_layer):
+    """A package's layer in float64, its parameters small normal numbers instead of what it starts from."""
+    layer = package_layer.double().eval()
+    with torch.no_grad():
+        for seed, parameter in enumerate(layer.parameters()):
+            parameter.copy_(0.3 * draw(*parameter.shape, seed=seed))
+    return layer
 
 
 @contextmanager

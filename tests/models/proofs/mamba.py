@@ -6,11 +6,7 @@ import torch.nn.functional as F
 from models.mamba import selective_scan
 from models.mamba2 import ssd
 from proofs.faults import NO_SCALE, Plant, swapped, unmasked
-from proofs.kit import Limit, Oracle, affine, distance, draw, quiet, rows
-
-
-def silu(x):
-    return x / (1 + torch.exp(-x))
+from proofs.kit import Limit, Oracle, affine, distance, draw, quiet, rows, silu, with_drawn_weights
 
 
 def one_way(module, which, x, order, real):
@@ -91,14 +87,10 @@ def against_transformers():
         hidden_size=16, state_size=6, expand=2, num_hidden_layers=1, time_step_rank=3
     )
     with torch.random.fork_rng([]):
-        torch.manual_seed(0)
-        theirs = package.MambaMixer(config, layer_idx=0).double().eval()
+        theirs = with_drawn_weights(package.MambaMixer(config, layer_idx=0))
         place = Place(d_model=16, num_heads=2, max_len=100, bias=False)
         ours = build("mamba", place, directions="forward", d_state=6, dt_rank=3).double()
-        weights = {name: torch.randn_like(p) * 0.3 for name, p in theirs.named_parameters()}
     with torch.no_grad():
-        for name, p in theirs.named_parameters():
-            p.copy_(weights[name])
         ours.in_proj.weight.copy_(theirs.in_proj.weight)
         ours.out_proj.weight.copy_(theirs.out_proj.weight)
         ours.conv_weight[0] = theirs.conv1d.weight[:, 0].flip(-1)

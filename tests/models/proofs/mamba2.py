@@ -6,11 +6,7 @@ import torch.nn.functional as F
 from models.mamba2 import ssd
 from models.scan import decayed_attention
 from proofs.faults import NO_SCALE, Plant, other_eps, swapped, unmasked
-from proofs.kit import Limit, Oracle, affine, distance, draw, quiet, rows
-
-
-def silu(x):
-    return x / (1 + torch.exp(-x))
+from proofs.kit import Limit, Oracle, affine, distance, draw, quiet, rows, silu, with_drawn_weights
 
 
 def one_way(module, which, x, BC, step, order, real):
@@ -98,14 +94,10 @@ def against_transformers():
     sizes = {"num_heads": 4, "head_dim": 8, "hidden_size": 16, "state_size": 6, "expand": 2, "n_groups": 1}
     config = package.Mamba2Config(**sizes, chunk_size=32, layer_norm_epsilon=1e-5, num_hidden_layers=1)
     with torch.random.fork_rng([]):
-        torch.manual_seed(0)
-        theirs = package.Mamba2Mixer(config, layer_idx=0).double().eval()
+        theirs = with_drawn_weights(package.Mamba2Mixer(config, layer_idx=0))
         place = Place(d_model=16, num_heads=2, max_len=100, bias=False)
         ours = build("mamba2", place, directions="forward", d_state=6, head_dim=8).double()
-        weights = {name: torch.randn_like(p) * 0.3 for name, p in theirs.named_parameters()}
     with torch.no_grad():
-        for name, p in theirs.named_parameters():
-            p.copy_(weights[name])
         ours.in_proj.weight.copy_(theirs.in_proj.weight)
         ours.out_proj.weight.copy_(theirs.out_proj.weight)
         ours.conv_weight[0] = theirs.conv1d.weight[:, 0].flip(-1)

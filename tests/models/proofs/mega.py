@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from models.mega import MovingAverage, mega_attention, moving_average
 from proofs.faults import Plant, other_eps, swapped, unmasked, unscaled
-from proofs.kit import Limit, Oracle, affine, dense_softmax, distance, draw, normalised, normed, rows
+from proofs.kit import Limit, Oracle, affine, dense_softmax, distance, draw, normalised, normed, rows, silu
 
 
 def reference(module, x, mask=None, carry=None):
@@ -25,10 +25,6 @@ def reference(module, x, mask=None, carry=None):
         y = y + affine(module.ffn.down, ACTIVATIONS[module.ffn.activation](hidden))
         out[b, real] = y if module.prenorm else normed(module.ffn_norm, y)
     return out, None
-
-
-def silu(x):
-    return x / (1 + torch.exp(-x))
 
 
 def logistic(x):

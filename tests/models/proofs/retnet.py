@@ -5,8 +5,8 @@ import math
 import torch
 
 from models.retnet import log_gammas, retention
-from proofs.faults import Plant, other_eps, swapped, unmasked, unscaled
-from proofs.kit import Limit, Oracle, affine, distance, draw, file_of, rotated, rows
+from proofs.faults import Plant, late, other_eps, swapped, unmasked, unscaled
+from proofs.kit import SINGLE, Limit, Oracle, affine, distance, draw, file_of, rotated, rows
 
 EPS = 1e-6
 CASES = [{}, {"directions": "untied", "expand_v": 1.0, "head_norm": "rms"}, {"directions": "forward"}]
@@ -90,7 +90,6 @@ def against_fla(reverse=False):
     return distance(expected + back - itself, retention(q, k, v, log_gammas(3)))
 
 
-SINGLE = 1e-5  # their float32
 SOURCE = "fla-core 0.6.0, ops/retention/naive.py"
 ORACLES = [
     Oracle(SOURCE, "forward, outputs of naive_retention", against_fla, SINGLE),
@@ -98,16 +97,10 @@ ORACLES = [
 ]
 
 
-def late(args, kwargs):
-    """Keys and values one position late."""
-    args[1], args[2] = args[1].roll(1, dims=1), args[2].roll(1, dims=1)
-    return args, kwargs
-
-
 FAULTS = {
     "no scale": Plant("retention", unscaled()),
     "no mask": Plant("retention", unmasked, check="content_invariance"),
     "k and v swapped": Plant("retention", swapped, {"expand_v": 1.0}),
-    "window off by one": Plant("retention", late),
+    "window off by one": Plant("retention", late(1, 2)),  # keys and values
     "wrong eps": Plant("head_norm", other_eps),
 }

@@ -3,17 +3,13 @@
 import math
 
 import torch
-from torch.nn.functional import gelu, pad
+from torch.nn.functional import pad
 
 from models.s4 import convolve, s4_kernel
 from models.s4d import s4d_kernel
 from models.ssm import hippo_legs
-from proofs.faults import Plant, swapped, unmasked
-from proofs.kit import Limit, Oracle, affine, distance, draw, rows
-
-
-def as_complex(pairs):
-    return torch.complex(pairs[..., 0], pairs[..., 1])
+from proofs.kit import Limit, Oracle, distance, draw
+from proofs.s4d import as_complex, both_ways, faults_of
 
 
 def with_conjugate(x):
@@ -32,46 +28,10 @@ def discretised(module):
     return torch.linalg.solve(one - half, one + half), torch.linalg.solve(one - half, into)
 
 
-def states(a, b, inputs):
-    """x_t = Abar x_(t-1) + Bbar u_t for each input [d] of a row: a list of [d N]."""
-    state, found = torch.zeros_like(b), []
-    for u in inputs:
-        state = (a @ state[..., None])[..., 0] + b * u[:, None]
-        found.append(state)
-    return found
-
-
-def read(c, state):
-    return (c * state).sum(dim=-1).real
-
-
-def finished(module, y):
-    y = gelu(y)
-    if module.output.kind == "none":
-        return y
-    y = affine(module.output.linear, y)
-    if module.output.kind == "linear":
-        return y
-    value, gate = y.split(y.shape[-1] // 2, dim=-1)
-    return value / (1 + torch.exp(-gate))
-
-
 def reference(module, x, mask=None):
     a, b = discretised(module)
-    c, out = with_conjugate(as_complex(module.c)), torch.zeros_like(x)
-    for index, row, real in rows(x, mask):
-        inputs = [row[t] if t in real else torch.zeros_like(row[t]) for t in range(len(row))]
-        y = [read(c[0], s) + module.skip * u for s, u in zip(states(a, b, inputs), inputs, strict=True)]
-        if module.directions != "forward":
-            later = states(a, b, inputs[::-1])[::-1]
-            for t in range(len(row) - 1):  # what has been read from the end up to the next token
-                if module.directions == "untied":
-                    y[t] = y[t] + read(c[1], later[t + 1])
-                else:
-                    y[t] = y[t] + read(c[0], (a @ later[t + 1][..., None])[..., 0])
-        if real:
-            out[index, real] = finished(module, torch.stack(y))[real]
-    return out
+    c = with_conjugate(as_complex(module.c))
+    return both_ways(module, x, mask, lambda state: (a @ state[..., None])[..., 0], b, c)
 
 
 CASES = [
@@ -165,22 +125,4 @@ ORACLES = [
 ]
 
 
-def late(args, kwargs):
-    """The kernel one tap later: the token itself is seen as the last one."""
-    args[1] = pad(args[1], (1, 0))
-    return args, kwargs
-
-
-def unscaled(args, kwargs):
-    """Bbar without the step."""
-    args[2] = args[2] / args[3][:, None]
-    return args, kwargs
-
-
-FAULTS = {
-    "no scale": Plant("s4_kernel", unscaled, {"d_state": 8}),
-    "no mask": Plant("convolve", unmasked, {"d_state": 8}, check="content_invariance"),
-    "k and v swapped": Plant("convolve", swapped, {"d_state": 8}),  # the two directions
-    "window off by one": Plant("convolve", late, {"d_state": 8}),
-    "wrong eps": "the formula has no eps: it divides by nothing that could vanish",
-}
+FAULTS = faults_of("s4_kernel", step=3)

@@ -21,17 +21,13 @@ def discretised(module):
     return (2 + step * a) / (2 - step * a), b * 2 * step / (2 - step * a)
 
 
-def states(a, b, inputs):
-    """x_t = Abar x_(t-1) + Bbar u_t for each input [d] of a row: a list of [d n]."""
+def states(turn, b, inputs):
+    """x_t = turn(x_(t-1)) + Bbar u_t for each input [d] of a row: a list of [d n]."""
     state, found = torch.zeros_like(b), []
     for u in inputs:
-        state = a * state + b * u[:, None]
+        state = turn(state) + b * u[:, None]
         found.append(state)
     return found
-
-
-def read(c, state):
-    return 2 * (c * state).sum(dim=-1).real
 
 
 def finished(module, y):
@@ -45,22 +41,32 @@ def finished(module, y):
     return value / (1 + torch.exp(-gate))
 
 
-def reference(module, x, mask=None):
-    a, b = discretised(module)
-    c, out = as_complex(module.c), torch.zeros_like(x)
+def both_ways(module, x, mask, turn, b, c):
+    """The layer with states that `turn` moves on by Abar, of which Re c . x is read. b: [d n], c: [2 d n]."""
+    out = torch.zeros_like(x)
+
+    def read(c, state):
+        return (c * state).sum(dim=-1).real
+
     for index, row, real in rows(x, mask):
         inputs = [row[t] if t in real else torch.zeros_like(row[t]) for t in range(len(row))]
-        y = [read(c[0], s) + module.skip * u for s, u in zip(states(a, b, inputs), inputs, strict=True)]
+        y = [read(c[0], s) + module.skip * u for s, u in zip(states(turn, b, inputs), inputs, strict=True)]
         if module.directions != "forward":
-            later = states(a, b, inputs[::-1])[::-1]
+            later = states(turn, b, inputs[::-1])[::-1]
             for t in range(len(row) - 1):  # what has been read from the end up to the next token
                 if module.directions == "untied":
                     y[t] = y[t] + read(c[1], later[t + 1])
                 else:
-                    y[t] = y[t] + read(c[0], a * later[t + 1])
+                    y[t] = y[t] + read(c[0], turn(later[t + 1]))
         if real:
             out[index, real] = finished(module, torch.stack(y))[real]
     return out
+
+
+def reference(module, x, mask=None):
+    """The conjugates of the states are read with them: twice the real part."""
+    a, b = discretised(module)
+    return both_ways(module, x, mask, lambda state: a * state, b, 2 * as_complex(module.c))
 
 
 CASES = [
@@ -171,16 +177,21 @@ def late(args, kwargs):
     return args, kwargs
 
 
-def unscaled(args, kwargs):
-    """Bbar without the step."""
-    args[2] = args[2] / args[1][:, None]
-    return args, kwargs
+def faults_of(kernel, step):
+    """FAULTS of a layer whose function `kernel` takes B as argument 2 and the step as argument `step`."""
+
+    def unscaled(args, kwargs):
+        """Bbar without the step."""
+        args[2] = args[2] / args[step][:, None]
+        return args, kwargs
+
+    return {
+        "no scale": Plant(kernel, unscaled, {"d_state": 8}),
+        "no mask": Plant("convolve", unmasked, {"d_state": 8}, check="content_invariance"),
+        "k and v swapped": Plant("convolve", swapped, {"d_state": 8}),  # the two directions
+        "window off by one": Plant("convolve", late, {"d_state": 8}),
+        "wrong eps": "the formula has no eps: it divides by nothing that could vanish",
+    }
 
 
-FAULTS = {
-    "no scale": Plant("s4d_kernel", unscaled, {"d_state": 8}),
-    "no mask": Plant("convolve", unmasked, {"d_state": 8}, check="content_invariance"),
-    "k and v swapped": Plant("convolve", swapped, {"d_state": 8}),  # the two directions
-    "window off by one": Plant("convolve", late, {"d_state": 8}),
-    "wrong eps": "the formula has no eps: it divides by nothing that could vanish",
-}
+FAULTS = faults_of("s4d_kernel", step=1)

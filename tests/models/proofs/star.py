@@ -7,7 +7,7 @@ from torch import nn
 
 from models import Place, build
 from models.star import relay_attention, ring_attention
-from proofs.faults import Plant, other_eps, swapped, unmasked, unscaled
+from proofs.faults import Plant, late, other_eps, swapped, unmasked, unscaled
 from proofs.kit import Limit, Oracle, affine, attention, dense_softmax, distance, draw, normed, rows
 
 
@@ -114,16 +114,10 @@ ORACLES = [
 ]
 
 
-def turned(args, kwargs):
-    """The ring of keys and values by one position."""
-    args[1], args[2] = args[1].roll(1, dims=1), args[2].roll(1, dims=1)
-    return args, kwargs
-
-
 FAULTS = {
     "no scale": Plant("ring_attention", unscaled()),
     "no mask": Plant("ring_attention", unmasked, check="content_invariance"),
     "k and v swapped": Plant("ring_attention", swapped),
-    "window off by one": Plant("ring_attention", turned),
+    "window off by one": Plant("ring_attention", late(1, 2)),  # keys and values, around the ring
     "wrong eps": Plant("make_norm", other_eps),
 }

@@ -6,7 +6,7 @@ import torch
 
 from models.tnn import coefficients, gated_toeplitz
 from proofs.faults import NO_SCALE, Plant, other_eps, unmasked
-from proofs.kit import Limit, Oracle, affine, distance, draw, rows
+from proofs.kit import Limit, Oracle, affine, distance, draw, rows, silu
 from proofs.long_conv import late, over_lags
 
 
@@ -22,10 +22,6 @@ def entry(module, offset):
     if module.decay is not None:
         gamma = gamma + (1 - gamma) / (1 + torch.exp(-module.decay))
     return hidden * gamma ** abs(offset)
-
-
-def silu(x):
-    return x / (1 + torch.exp(-x))
 
 
 def reference(module, x, mask=None):
