@@ -3,10 +3,11 @@
 Every rung trains the same model of a recipe on the same data, with its dropout, clipping, schedule and data
 path; each adds one thing to the rung before it:
 
-  plain      float32, explicit mathematics, eager, DataLoader, every row padded to the recipe's length
+  plain      float32, explicit mathematics, eager, DataLoader, every row padded to the recipe's length with
+             its mask, the loss read after each step, as loops do that log it
   precision  the recipe's own precision
   kernel     the fused kernels of the mechanism
-  compiled   data on the card, step through torch.compile
+  compiled   data on the card, no reading between steps, torch.compile
   captured   the whole step in a CUDA graph
   packed     no padding computed
 
@@ -120,7 +121,7 @@ def plain_steps(config: RunConfig, store: Store, device: torch.device) -> Iterat
         weight_decay=train.weight_decay,
     )
     scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "fp16" and device.type == "cuda")
-    schedule, step = Schedule(train), 0
+    schedule, step, losses = Schedule(train), 0, []
     workers = 4 if device.type == "cuda" else 0
     loader = DataLoader(
         Rows(store, config),
@@ -132,7 +133,6 @@ def plain_steps(config: RunConfig, store: Store, device: torch.device) -> Iterat
         collate_fn=collate(config),
         persistent_workers=workers > 0,
     )
-    full = bool((np.minimum(store.split("train").lengths, config.length) == config.padded_length).all())
     while True:
         for inputs, mask, labels in loader:
             inputs, mask, labels = (x.to(device, non_blocking=True) for x in (inputs, mask, labels))
@@ -141,7 +141,7 @@ def plain_steps(config: RunConfig, store: Store, device: torch.device) -> Iterat
                 if (beta1 := schedule.beta1(step)) is not None:
                     group["betas"] = (beta1, train.betas[1])
             model.training_update(step)
-            layout = Padded(len(inputs), config.padded_length, None if full else mask, device)
+            layout = Padded(len(inputs), config.padded_length, mask, device)
             optimizer.zero_grad(set_to_none=True)
             with autocast(train.precision, device):
                 logits = model(inputs, layout)
@@ -153,6 +153,7 @@ def plain_steps(config: RunConfig, store: Store, device: torch.device) -> Iterat
                 torch.nn.utils.clip_grad_norm_(model.parameters(), train.clip_norm)
             scaler.step(optimizer)
             scaler.update()
+            losses.append(loss.item())
             step += 1
             yield
 
