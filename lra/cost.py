@@ -81,9 +81,12 @@ def reset_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def cuda_peak_mib(device: torch.device, data_bytes: int, step: Step) -> float:
-    """Of a captured step the peak is that of its capture: replays use its memory without telling."""
-    return (max(torch.cuda.max_memory_allocated(device), step.peak_bytes or 0) - data_bytes) / MIB
+def cuda_peak_mib(device: torch.device, aside: int, step: Step) -> float:
+    """The peak without `aside` bytes of what does not count.
+
+    Of a captured step it is that of its capture: replays use its memory without telling.
+    """
+    return (max(torch.cuda.max_memory_allocated(device), step.peak_bytes or 0) - aside) / MIB
 
 
 def reserved_mib(device: torch.device) -> float | None:

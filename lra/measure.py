@@ -118,8 +118,8 @@ def _measure(config: RunConfig, mode: str, device: torch.device) -> dict[str, An
     environment.seed_everything(config.seed)
     continuous = config.task.input == "continuous"
     model = build_model(config, vocab_size=None if continuous else config.task.vocab_size).to(device)
-    rows = config.batch_size * config.task.documents * config.length
-    step_mode, compiled, why = choose_step(config, device, rows)
+    tokens = config.batch_size * config.task.documents * config.length
+    step_mode, compiled, why = choose_step(config, device, tokens)
     log.info("step: %s%s (%s)", step_mode, ", compiled" if compiled else "", why)
     step = make_step(config, model, device, step_mode, compiled=compiled)
     batches = made_up_batches(config, device)
@@ -132,6 +132,9 @@ def _measure(config: RunConfig, mode: str, device: torch.device) -> dict[str, An
     def infer() -> None:
         step.predict(batches, whole)
 
+    # Counted first: a captured step keeps the memory of its graphs, beside which a second one may not fit.
+    flops = cost.Trial(step).flops(batches, plans) if mode == "train" else None
+    release_memory()
     call = train if mode == "train" else infer
     for _ in range(WARMUP_CALLS):
         call()
@@ -148,25 +151,24 @@ def _measure(config: RunConfig, mode: str, device: torch.device) -> dict[str, An
         "tokens_per_s": rows * config.length * config.task.documents / median,
         "padded_tokens_per_s": rows * config.padded_length * config.task.documents / median,
         "compile_s": step.compile_s,
-        "step_mode": step_mode,
+        "step_mode": step.mode,
+        "flops_per_step": flops,
         "reserved_mib": cost.reserved_mib(device),
         "num_steps": len(times),
     }
     spread = np.percentile(times, [25, 75]) * 1e3
     extra = {"mode": mode, "own": registry.changed(config.model), "step_ms_quartiles": spread.tolist()}
-    extra["compiled"] = compiled
-    trial = cost.Trial(step)
+    extra |= {"compiled": step.compiled, "step_reason": "; ".join([why, *step.notes])}
     if device.type == "cuda":
-        found["peak_mem_mib"] = cost.cuda_peak_mib(device, batches.source.device_bytes, step)
+        aside = batches.source.device_bytes + (0 if mode == "train" else step.optimizer.num_bytes)
+        found["peak_mem_mib"] = cost.cuda_peak_mib(device, aside, step)
     elif mode == "train":
-        found["peak_mem_mib"] = trial.cpu_peak_mib(batches, plans)
+        found["peak_mem_mib"] = cost.Trial(step).cpu_peak_mib(batches, plans)
     else:
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         found["peak_mem_mib"] = (weights + cost.peak_bytes(infer)) / cost.MIB
     extra["peak_mem_method"] = cost.CUDA_METHOD if device.type == "cuda" else cost.CPU_METHOD
     found["extra"] = extra
-    if mode == "train":
-        found["flops_per_step"] = trial.flops(batches, plans)
     return found
 
 

@@ -55,6 +55,11 @@ class Adam:
             state.zero_()
         self.scale.fill_(FIRST_SCALE if self.scaled else 1.0)
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the gradients and the state, which inference has no use for."""
+        return sum(x.nbytes for x in (self.gradients, self.mean, self.square))
+
     def compile(self, compiled: bool = True) -> None:
         """Runs the update through torch.compile, or no longer."""
         self.update = torch.compile(_update, dynamic=False, fullgraph=True) if compiled else _update

@@ -23,6 +23,7 @@ ROOT = Path(lra.__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 NEEDS = (
     "needs a GPU",
+    "needs two GPUs",
     "needs IMDb",
     "needs CIFAR-10",
     "needs CIFAR-10, IMDb and LRA's paper pairs",
