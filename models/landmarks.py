@@ -2,14 +2,21 @@
 seed decides.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
 
-# b batch, l length, m landmarks, s samples, d head dim
+from models.row_products import runs_kernels
+
+# b batch, l length, m landmarks, s samples, d head dim, c matrices, k iterations
 
 BITS = 32  # of a random number
 KEEP = 2**BITS - 1
 OFFSET = 0x9E3779B9  # 0 scrambled is 0, so draws start elsewhere
+
+KERNEL_ROWS = 64  # of a matrix: the kernel's registers hold no more, and torch's larger products are fast
 
 
 def gaussian_kernel(x: Tensor, y: Tensor) -> Tensor:
@@ -25,14 +32,69 @@ def iterated_inverse(a: Tensor, norm: Tensor, num_iterations: int) -> Tensor:
     """The Moore-Penrose inverse of a [... m m], approximately, by the iteration of Razavi et al. 2014.
 
     It starts from A^T / norm; norm: [...], no less than the largest eigenvalue of A A^T. Rows and columns of
-    zeros stay zero.
+    zeros stay zero. Matrices of float32 on a CUDA GPU, up to KERNEL_ROWS wide, go through
+    models/kernels/inverse.py, which has no second derivatives.
     """
     inverse = a.mT / norm[..., None, None]
+    if a.dtype == torch.float32 and a.shape[-1] <= KERNEL_ROWS and num_iterations and runs_kernels(a):
+        matrices = (x.reshape(-1, *a.shape[-2:]) for x in (a, inverse))
+        return _iterated_inverse(*matrices, num_iterations)[0].view(a.shape)
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     for _ in range(num_iterations):
         product = a @ inverse
         inverse = inverse @ (13 * eye - product @ (15 * eye - product @ (7 * eye - product))) / 4
     return inverse
+
+
+@torch.library.custom_op("lra::iterated_inverse", mutates_args=())
+def _iterated_inverse(a: Tensor, start: Tensor, num_iterations: int) -> tuple[Tensor, Tensor]:
+    """a, start: [c m m] -> the inverse, and the iterates before it [k-1 c m m], kept for gradients."""
+    from models.kernels import inverse
+
+    return inverse.forward(a, start, num_iterations)
+
+
+@_iterated_inverse.register_fake
+def _(a, start, num_iterations):
+    return a.new_empty(a.shape), a.new_empty(num_iterations - 1, *a.shape)
+
+
+@torch.library.custom_op("lra::iterated_inverse_gradients", mutates_args=())
+def _iterated_inverse_gradients(
+    grad: Tensor, a: Tensor, start: Tensor, kept: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of a and start. It has none itself: autograd raises at a second derivative."""
+    from models.kernels import inverse
+
+    return inverse.backward(grad, a, start, kept)
+
+
+@_iterated_inverse_gradients.register_fake
+def _(grad, a, start, kept):
+    return a.new_empty(a.shape), a.new_empty(a.shape)
+
+
+def _keep(ctx, inputs, output):
+    a, start, _ = inputs
+    ctx.save_for_backward(a, start, output[1])
+
+
+def _iterated_inverse_backward(ctx, grad, unused):
+    return *_iterated_inverse_gradients(grad, *ctx.saved_tensors), None
+
+
+_iterated_inverse.register_autograd(_iterated_inverse_backward, setup_context=_keep)
+
+
+@register_flop_formula(torch.ops.lra.iterated_inverse)
+def _inverse_flops(a, start, num_iterations, *, out_shape=None) -> int:
+    return num_iterations * 4 * 2 * math.prod(a) * a[-1]
+
+
+@register_flop_formula(torch.ops.lra.iterated_inverse_gradients)
+def _inverse_gradient_flops(grad, a, start, kept, *, out_shape=None) -> int:
+    """As torch's products are counted: what is computed again is left out."""
+    return 2 * _inverse_flops(a, start, kept[0] + 1)
 
 
 def scrambled(x: Tensor) -> Tensor:

@@ -13,18 +13,18 @@ Differs  eps floor on the normaliser; released code adds it instead (add_eps=Tru
 
 import math
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from models.common import Mixer, Place, Traits, at_least_fp32, register
-from models.sums import kernel_sums, segment_sums
+from models.common import Mixer, Place, Traits, register
+from models.linear_rows import mapped
+from models.sums import kernel_attention, kernel_sums, segment_attention
 
 EPS = 1e-6
 
 
 def feature_map(x: Tensor) -> Tensor:
-    """elu(x) + 1, elementwise and positive (eq. 7)."""
-    return F.elu(x) + 1
+    """elu(x) + 1, elementwise and positive (eq. 7), in at least float32."""
+    return mapped(x, "elu")
 
 
 def linear_attention(
@@ -38,12 +38,10 @@ def linear_attention(
     normalise: bool = True,
 ) -> Tensor:
     """q, k: [b h l d], v: [b h l e], mask: [b l] bool, True = real token -> [b h l e]."""
-    dtype = v.dtype
-    q, k = at_least_fp32(q, k)
-    mixed, norm = kernel_sums(feature_map(q), feature_map(k), v, mask)
-    if not normalise:
-        return (mixed * q.shape[-2] ** -0.5).to(dtype)
-    return divided(mixed, norm, eps, add_eps).to(dtype)
+    if normalise:
+        return kernel_attention(q, k, v, mask, eps=eps, add_eps=add_eps, feature="elu")
+    mixed, _ = kernel_sums(feature_map(q), feature_map(k), v, mask)
+    return (mixed * q.shape[-2] ** -0.5).to(v.dtype)
 
 
 def linear_attention_packed(
@@ -57,14 +55,7 @@ def linear_attention_packed(
     add_eps: bool = False,
 ) -> Tensor:
     """`linear_attention` within each packed sequence. q, k: [t h d], v: [t h e] -> [t h e]."""
-    dtype = v.dtype
-    q, k = at_least_fp32(q, k)
-    mixed, norm = segment_sums(feature_map(q), feature_map(k), v, cu_seqlens, max_len)
-    return divided(mixed, norm, eps, add_eps).to(dtype)
-
-
-def divided(mixed: Tensor, norm: Tensor, eps: float, add_eps: bool) -> Tensor:
-    return mixed / (norm + eps if add_eps else norm.clamp_min(eps))
+    return segment_attention(q, k, v, cu_seqlens, max_len, eps=eps, add_eps=add_eps, feature="elu")
 
 
 @register("linear")

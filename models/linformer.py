@@ -2,7 +2,8 @@
 
 Paper    Wang et al. 2020, arXiv 2006.04768, eq. 7; sharing: section 4 (additional efficiency techniques)
 Computes out_i = softmax(q_i (E K)^T / sqrt(d)) F V   with E, F learned, [proj_len max_len] per head
-Cost     time and memory O(L P) per head; P max_len parameters per projection
+Cost     time O(L P D) per head, memory O(L P), O((L + P) D) where FlashAttention runs; P max_len parameters
+         per projection
 Exact    yes when proj_len = length and E = F = identity
 Padding  padded rows of K and V are zeroed before E and F, which are sliced to the length: they add nothing
 Differs  masks padding (paper, and the JAX code of LRA: no, here `use_mask=False`); E and F start as
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.common import Mixer, Place, Traits, masked_softmax, register
+from models.softmax import flash_runs, softmax_fused
 
 SHARE = ("none", "heads", "kv", "layers", "layers_per_head")
 
@@ -48,6 +50,8 @@ def linformer_attention(
         k, v = (x * mask[:, None, :, None] for x in (k, v))
     k = torch.einsum("hpl,bhld->bhpd", proj_k[..., :length].to(k.dtype), k)
     v = torch.einsum("hpl,bhld->bhpd", proj_v[..., :length].to(v.dtype), v)
+    if flash_runs(q, k, v):
+        return softmax_fused(q, k, v, dropout=dropout)
     scores = torch.einsum("bhld,bhpd->bhlp", q * q.shape[-1] ** -0.5, k)
     weights = masked_softmax(scores, None).to(v.dtype)
     return torch.einsum("bhlp,bhpd->bhld", F.dropout(weights, dropout), v)

@@ -3,10 +3,11 @@
 Paper    Ma et al. 2021, arXiv 2106.01540, section 3 (pack and unpack attention)
 Computes Y_P = attn(P, X),  Y_X = attn(X, Y_P) W_o,  X' = norm(Y_X + X),  P' = norm(Y_P + P),
          out = norm(FFN(X') + X');  P' is the next layer's P, and the first P is learned
-Cost     time O(L P D), memory O(L P) per head
+Cost     time O(L P D), memory O(L P) per head, O((L + P) D) where FlashAttention runs
 Exact    no; if Y_P were the sequence itself, the unpack step would be dense softmax attention
 Padding  padded keys get weight zero in the pack step; the unpack step sees slots alone; packed rows are
-         cut into chunks, each with the slots of its sequence, over whose chunks the pack step is summed
+         cut into chunks, each with the slots of its sequence, over whose chunks the pack step is summed,
+         or lie as they are where FlashAttention runs
 Differs  projections start as those of the other mechanisms do (released code: Xavier, gain 1 / sqrt(2));
          Y_P is projected to the model width where the heads together have another (paper: they never do);
          released code can give the pack step a number of heads of its own, hides slots past a row's number
@@ -29,7 +30,14 @@ from models.common import Block, Place, Traits, at_least_fp32, full_precision, m
 from models.layers import FeedForward, make_norm
 from models.packed import Chunks
 from models.row_products import sum_chunks
+from models.softmax import compacted, even_bounds, flash, flash_runs, softmax_fused
 from models.sums import segment_softmax
+
+
+def heads(num_heads: int, x_q: Tensor, x_kv: Tensor, values: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values [... h d] of [... h*d]; the keys are the values too if `values` is None."""
+    q, k, v = (x.unflatten(-1, (num_heads, -1)) for x in (x_q, x_kv, x_kv if values is None else values))
+    return q, k, v
 
 
 def luna_attention(
@@ -46,7 +54,10 @@ def luna_attention(
     x_q: [b m h*d] queries, x_kv: [b n h*d] keys, which are the values too unless `values` [b n h*d] are
     given, mask: [b n] bool, True = real key -> [b m h*d], zeros for a row without real keys.
     """
-    q, k, v = (x.unflatten(-1, (num_heads, -1)) for x in (x_q, x_kv, x_kv if values is None else values))
+    q, k, v = heads(num_heads, x_q, x_kv, values)
+    if flash_runs(q, k, v):
+        mixed = softmax_fused(*(x.transpose(1, 2) for x in (q, k, v)), mask, dropout=dropout)
+        return mixed.transpose(1, 2).flatten(2)
     q, k = at_least_fp32(q, k)
     with full_precision(q):
         scores = torch.einsum("bmhd,bnhd->bhmn", q * q.shape[-1] ** -0.5, k)
@@ -67,8 +78,67 @@ def pack_attention(
 
     x_q: [b p h*d], x_kv and `values`: [n c h*d] -> [b p h*d], zeros for a sequence without rows.
     """
-    q, k, v = (x.unflatten(-1, (num_heads, -1)) for x in (x_q, x_kv, x_kv if values is None else values))
+    q, k, v = heads(num_heads, x_q, x_kv, values)
     return segment_softmax(q, k, v, chunks, dropout=dropout).flatten(2)
+
+
+def pack_rows(
+    x_q: Tensor,
+    x_kv: Tensor,
+    cu_seqlens: Tensor,
+    max_len: int,
+    *,
+    num_heads: int,
+    values: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """`luna_attention` from the slots of each sequence to its packed rows, by FlashAttention.
+
+    x_q: [b p h*d], x_kv and `values`: [t h*d] -> [b p h*d], zeros for a sequence without rows. Of what the
+    kernel leaves at its slots and at filler rows, gradients included, nothing reaches a product.
+    """
+    q, k, v = heads(num_heads, x_q, x_kv, values)
+    some, real = _some_and_real(cu_seqlens, k.shape[0])
+    q, k, v = torch.where(some, q, 0), torch.where(real, k, 0), torch.where(real, v, 0)
+    sizes = even_bounds(q), cu_seqlens.to(torch.int32), q.shape[1], max_len
+    mixed = flash(q.flatten(0, 1), k, v, *sizes, dropout=dropout)
+    return torch.where(some, mixed.unflatten(0, q.shape[:2]), 0).flatten(2)
+
+
+def unpack_rows(
+    x_q: Tensor,
+    x_kv: Tensor,
+    cu_seqlens: Tensor,
+    max_len: int,
+    used: Tensor | None = None,
+    *,
+    num_heads: int,
+    values: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """`luna_attention` from the packed rows of each sequence to its slots, by FlashAttention.
+
+    x_q: [t h*d], x_kv and `values`: [b p h*d], used: [b p] bool, True = seen, at least one slot where there
+    are rows -> [t h*d], zeros at filler rows; what the kernel leaves goes no further than in `pack_rows`.
+    """
+    q, k, v = heads(num_heads, x_q, x_kv, values)
+    some, real = _some_and_real(cu_seqlens, q.shape[0])
+    num_slots = k.shape[1]
+    if used is None:
+        cu_slots = even_bounds(k)
+        k, v = (torch.where(some, x, 0).flatten(0, 1) for x in (k, v))
+    else:
+        k, v, cu_slots = compacted(k, v, used)
+    sizes = cu_seqlens.to(torch.int32), cu_slots, max_len, num_slots
+    mixed = flash(torch.where(real, q, 0), k, v, *sizes, dropout=dropout)
+    return torch.where(real, mixed, 0).flatten(1)
+
+
+def _some_and_real(cu_seqlens: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Which sequences have rows, [b 1 1 1], and which rows are no filler, [t 1 1]."""
+    some = cu_seqlens.diff() > 0
+    real = torch.arange(num_rows, device=cu_seqlens.device) < cu_seqlens[-1]
+    return some[:, None, None, None], real[:, None, None]
 
 
 def sinusoids(length: int, width: int) -> Tensor:
@@ -190,16 +260,21 @@ class Luna(Block):
         packed = self.pack_out(self.attend(self.pack_q(slots), self.pack_kv(x), mask))
         used = None
         if self.dynamic_projection:
-            count = mask.sum(dim=-1) if mask is not None else torch.full((1,), x.shape[1], device=x.device)
+            count = (
+                mask.sum(dim=-1) if mask is not None else torch.full(x.shape[:1], x.shape[1], device=x.device)
+            )
             used = torch.arange(self.proj_len, device=x.device) < count[:, None]  # [b p]
         return self.out(self.attend(self.unpack_q(x), self.unpack_kv(packed), used)), packed
 
     def mix_packed(self, x: Tensor, slots: Tensor, cu_seqlens: Tensor, max_len: int) -> tuple[Tensor, Tensor]:
         """(Y_X [t d_model], Y_P [b p d_model]) of packed X and P; Y_X is `out` of zeros at filler rows."""
+        q = self.pack_q(slots)
+        if flash_runs(*heads(self.place.num_heads, q, q, None)):
+            return self.mix_rows(x, q, cu_seqlens, max_len)
         chunks = sum_chunks(cu_seqlens, x.shape[0], max_len)
         places = chunks.lay_out(x)
         k, v = self.split(self.pack_kv(places))
-        packed = self.pack_out(pack_attention(self.pack_q(slots), k, chunks, values=v, **self.options))
+        packed = self.pack_out(pack_attention(q, k, chunks, values=v, **self.options))
         used = None
         if self.dynamic_projection:
             count = cu_seqlens.diff()[:, None]
@@ -208,6 +283,17 @@ class Luna(Block):
         with full_precision(kv):  # a copy, which autocast would round
             kv = chunks.spread(kv)
         return self.out(chunks.take_back(self.attend(self.unpack_q(places), kv, used))), packed
+
+    def mix_rows(self, x: Tensor, q: Tensor, cu_seqlens: Tensor, max_len: int) -> tuple[Tensor, Tensor]:
+        """`mix_packed` where FlashAttention runs, given the queries of P, [b p h*d]."""
+        k, v = self.split(self.pack_kv(x))
+        packed = self.pack_out(pack_rows(q, k, cu_seqlens, max_len, values=v, **self.options))
+        used = None
+        if self.dynamic_projection:
+            used = torch.arange(self.proj_len, device=x.device) < cu_seqlens.diff()[:, None]  # [b p]
+        q = self.unpack_q(x)
+        k, v = self.split(self.unpack_kv(packed))
+        return self.out(unpack_rows(q, k, cu_seqlens, max_len, used, values=v, **self.options)), packed
 
     def attend(self, q: Tensor, kv: Tensor, mask: Tensor | None) -> Tensor:
         k, v = self.split(kv)

@@ -28,6 +28,7 @@ from models.common import (
     masked_softmax,
     register,
 )
+from models.depthwise import conv_along
 from models.landmarks import iterated_inverse
 
 
@@ -81,8 +82,7 @@ def nystrom_attention(
             mixed = _through_landmarks(q, k, v, mask, num_landmarks, num_iterations, **options)
         if conv_weight is not None:
             v = v if mask is None else v * mask[:, None, :, None]
-            padding = (conv_weight.shape[-2] // 2, 0)
-            mixed = mixed + F.conv2d(v, conv_weight.to(v.dtype), padding=padding, groups=conv_weight.shape[0])
+            mixed = mixed + conv_along(v, conv_weight[:, 0, :, 0].to(v.dtype))
     return mixed.to(dtype)
 
 

@@ -16,13 +16,15 @@ Differs  c for keys is over the real keys of one row and head (released code: al
 # b batch, h heads, l length, t packed tokens, d head dim (keys), e head dim (values), r features
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from models.common import Mixer, Place, Traits, at_least_fp32, full_precision, register
-from models.packed import Segments
-from models.sums import kernel_sums, segment_attention
+from models.exponentials import stable_exponentials
+from models.row_products import matrix_rows, row_apply, sum_chunks
+from models.sums import kernel_attention, segment_attention
 
 KERNELS = ("softmax", "relu")
 
@@ -37,20 +39,26 @@ def orthogonal_features(r: int, d: int, generator: torch.Generator) -> Tensor:
     return (basis * signs[:, None, :]).mT.flatten(0, 1)[:r] * norms
 
 
-def project(x: Tensor, features: Tensor, power: float = 0.25) -> tuple[Tensor, Tensor]:
-    """x [... d] -> (w . x' [... r], |x'|^2 / 2 [... 1]), the two terms of the exponent; x' = x / d^power."""
+def positive_features(
+    x: Tensor,
+    features: Tensor,
+    stabiliser: Callable[[Tensor], Tensor],
+    *,
+    eps: float,
+    power: float = 0.25,
+) -> Tensor:
+    """f(x) of the module docstring (lemma 1), x' = x / d^power: [... d] -> [... r].
+
+    c is what `stabiliser` makes of each x's largest w_r . x' [...]; where it is no less, values lie in
+    (0, 1 + eps].
+    """
     x = x * x.shape[-1] ** -power
-    return torch.einsum("...d,rd->...r", x, features), x.square().sum(dim=-1, keepdim=True) / 2
-
-
-def positive_features(projected: Tensor, energy: Tensor, stabiliser: Tensor, eps: float) -> Tensor:
-    """f(x) of the module docstring (lemma 1); values lie in (0, 1 + eps] if the stabiliser is a maximum."""
-    return (projected - (energy + stabiliser)).exp() + eps
+    return stable_exponentials(x, features, x.square().sum(dim=-1) / 2, stabiliser, eps)
 
 
 def relu_features(x: Tensor, features: Tensor | None, eps: float) -> Tensor:
     """f(x) of kernel=relu: [... d] -> [... r], or [... d] without features."""
-    return (x if features is None else torch.einsum("...d,rd->...r", x, features)).relu() + eps
+    return (x if features is None else matrix_rows(x, features)).relu() + eps
 
 
 def favor_attention(
@@ -70,22 +78,17 @@ def favor_attention(
     `features` None is for kernel=relu alone; `double_scaling` divides by d^(1/2) instead of d^(1/4);
     `coupled_stabiliser` takes one c for the keys of all rows and heads.
     """
-    dtype = v.dtype
-    q, k, v = at_least_fp32(q, k, v)
-    features = None if features is None else features.to(v.dtype)
-    with full_precision(v):
+    q, k = at_least_fp32(q, k)
+    features = None if features is None else features.to(q.dtype)
+    with full_precision(q):
         if kernel == "relu":
             q, k = relu_features(q, features, eps), relu_features(k, features, eps)
         else:
             power = 0.5 if double_scaling else 0.25
-            (q, q_energy), (k, k_energy) = project(q, features, power), project(k, features, power)
-            if mask is not None:
-                k = k.masked_fill(~mask[:, None, :, None], torch.finfo(k.dtype).min)  # out of the maximum
-            q = positive_features(q, q_energy, q.amax(dim=-1, keepdim=True), eps)
-            largest = k.amax() if coupled_stabiliser else k.amax(dim=(-2, -1), keepdim=True)
-            k = positive_features(k, k_energy, largest, eps)
-    mixed, norm = kernel_sums(q, k, v, mask)
-    return (mixed / norm.clamp_min(norm_floor(q.shape[-1], eps))).to(dtype)
+            q = positive_features(q, features, lambda top: top, eps=eps, power=power)
+            shared = lambda top: largest_of_keys(top, mask, coupled_stabiliser)  # noqa: E731
+            k = positive_features(k, features, shared, eps=eps, power=power)
+    return kernel_attention(q, k, v, mask, eps=norm_floor(q.shape[-1], eps))
 
 
 def favor_attention_packed(
@@ -101,22 +104,40 @@ def favor_attention_packed(
     double_scaling: bool = False,
 ) -> Tensor:
     """`favor_attention` within each packed sequence. q, k: [t h d], v: [t h e] -> [t h e]."""
-    dtype = v.dtype
-    q, k, v = at_least_fp32(q, k, v)
-    features = None if features is None else features.to(v.dtype)
-    with full_precision(v):
+    q, k = at_least_fp32(q, k)
+    features = None if features is None else features.to(q.dtype)
+    with full_precision(q):
         if kernel == "relu":
             q, k = relu_features(q, features, eps), relu_features(k, features, eps)
         else:
             power = 0.5 if double_scaling else 0.25
-            (q, q_energy), (k, k_energy) = project(q, features, power), project(k, features, power)
-            segment = Segments.of(cu_seqlens, k.shape[0]).segment[:, None].expand(k.shape[:2])  # [t h]
-            lowest = k.new_full((cu_seqlens.shape[0], k.shape[1]), torch.finfo(k.dtype).min)  # filler is last
-            largest = lowest.scatter_reduce(0, segment, k.amax(dim=-1), "amax").gather(0, segment)
-            q = positive_features(q, q_energy, q.amax(dim=-1, keepdim=True), eps)
-            k = positive_features(k, k_energy, largest.unsqueeze(-1), eps)
-    floor = norm_floor(q.shape[-1], eps)
-    return segment_attention(q, k, v, cu_seqlens, max_len, eps=floor).to(dtype)
+            q = positive_features(q, features, lambda top: top, eps=eps, power=power)
+            shared = lambda top: largest_of_sequence(top, cu_seqlens, max_len)  # noqa: E731
+            k = positive_features(k, features, shared, eps=eps, power=power)
+    return segment_attention(q, k, v, cu_seqlens, max_len, eps=norm_floor(q.shape[-1], eps))
+
+
+def largest_of_keys(x: Tensor, mask: Tensor | None, coupled: bool) -> Tensor:
+    """x [b h l] -> the same shape: the largest of each row and head, or of all; padding has its own."""
+    dims = (0, 1, 2) if coupled else 2
+    if mask is None:
+        return x.amax(dim=dims, keepdim=True).expand_as(x)
+    mask = mask[:, None]
+    largest = x.masked_fill(~mask, torch.finfo(x.dtype).min).amax(dim=dims, keepdim=True)
+    return torch.where(mask, largest, x.detach())
+
+
+def largest_of_sequence(x: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
+    """x [t h] -> [t h]: the largest of each row's sequence; a filler row has its own.
+
+    By reductions and products, so that neither way rows are scattered, which would not be deterministic.
+    """
+    chunks = sum_chunks(cu_seqlens, x.shape[0], max_len)
+    places = chunks.lay_out(x).masked_fill(~chunks.inside.unsqueeze(-1), torch.finfo(x.dtype).min)
+    largest = chunks.max_by_sequence(places.amax(dim=1), cu_seqlens.shape[0] - 1)  # [b h]
+    ones = torch.ones_like(x).unsqueeze(-1)
+    spread = row_apply(ones, largest[..., None, None], cu_seqlens, max_len).squeeze(-1)
+    return torch.where(chunks.where.real[:, None], spread, x.detach())
 
 
 def norm_floor(num_features: int, eps: float) -> float:

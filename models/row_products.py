@@ -76,6 +76,17 @@ def linear_sums(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: in
     return mixed[..., :-1], mixed[..., -1:]
 
 
+def matrix_rows(x: Tensor, matrix: Tensor) -> Tensor:
+    """Each row of x [t h d] or [b h l d] times each of matrix [r d] -> [t h r] or [b h l r]."""
+    if not runs_kernels(x, matrix):
+        return torch.einsum("...d,rd->...r", x, matrix)
+    rows = x if x.dim() == 3 else x.transpose(1, 2).flatten(0, 1)
+    num_rows, heads, _ = rows.shape
+    ends = num_rows * torch.arange(2, dtype=torch.int32, device=x.device)
+    out = _row_apply(rows, matrix.T.expand(1, heads, -1, -1), ends, num_rows)
+    return out if x.dim() == 3 else out.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+
+
 def sum_chunks(cu_seqlens: Tensor, num_rows: int, max_len: int) -> Chunks:
     """Packed rows in chunks of a size for which sums over them are fast."""
     size = CHUNK if max_len > 4 * CHUNK else max_len  # cutting short sequences would leave more places unused
@@ -147,8 +158,9 @@ def _(a, b, cu_seqlens, max_len):
 
 def _row_sums_backward(ctx, grad):
     a, b, cu_seqlens = ctx.saved_tensors
-    grad_a = _row_apply(b, grad.mT, cu_seqlens, ctx.max_len).to(a.dtype)
-    return grad_a, _row_apply(a, grad, cu_seqlens, ctx.max_len).to(b.dtype), None, None
+    where, (of_a, of_b, *_) = (cu_seqlens, ctx.max_len), ctx.needs_input_grad
+    grad_a = _row_apply(b, grad.mT, *where).to(a.dtype) if of_a else None
+    return grad_a, _row_apply(a, grad, *where).to(b.dtype) if of_b else None, None, None
 
 
 def _keep(ctx, inputs, output):
@@ -174,8 +186,9 @@ def _(a, state, cu_seqlens, max_len):
 
 def _row_apply_backward(ctx, grad):
     a, state, cu_seqlens = ctx.saved_tensors
-    grad_a = _row_apply(grad, state.mT, cu_seqlens, ctx.max_len).to(a.dtype)
-    return grad_a, _row_sums(a, grad, cu_seqlens, ctx.max_len).to(state.dtype), None, None
+    where, (of_a, of_state, *_) = (cu_seqlens, ctx.max_len), ctx.needs_input_grad
+    grad_a = _row_apply(grad, state.mT, *where).to(a.dtype) if of_a else None
+    return grad_a, _row_sums(a, grad, *where).to(state.dtype) if of_state else None, None, None
 
 
 _row_apply.register_autograd(_row_apply_backward, setup_context=_keep)

@@ -7,7 +7,7 @@ Exact    yes; it is what the other mechanisms are compared with
 Padding  padded keys get weight zero; a row without real keys gives zeros
 Differs  no
 """
-# b batch, h heads, l length, t packed tokens, d head dim
+# b batch, h heads, l length, m queries, t packed tokens, u packed keys, d head dim
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -39,7 +39,7 @@ def softmax_math(
 def softmax_fused(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, dropout: float = 0.0
 ) -> Tensor:
-    """PyTorch's fused kernels. q, k, v: [b h l d], mask: [b l] bool, True = real -> [b h l d].
+    """PyTorch's fused kernels. q: [b h m d], k, v: [b h l d], mask: [b l] bool, True = real -> [b h m d].
 
     Given a mask, its kernels compute the padded keys too: where FlashAttention runs, it gets the real ones
     only.
@@ -56,22 +56,37 @@ def softmax_fused(
 
 
 def softmax_compacted(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, kernel: Callable[..., Tensor]) -> Tensor:
-    """`kernel` on every query and the real keys alone. q, k, v: [b h l d], mask: [b l] bool -> [b h l d].
+    """`kernel` on every query and the real keys alone. q: [b h m d], k, v: [b h l d], mask: [b l] bool
+    -> [b h m d].
 
-    kernel(q, k, v, cu_queries, cu_keys, l) gets rows [b*l h d], of which sequence i has the keys from
-    cu_keys[i] to cu_keys[i + 1]; later rows are filler, whose gradients may hold anything.
+    kernel(q, k, v, cu_queries, cu_keys, m, l) gets rows, of which those of the keys are as `compacted` leaves
+    them.
     """
-    batch_size, _, length, _ = q.shape
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    k, v, cu_keys = compacted(k, v, mask)
+    out = kernel(q.flatten(0, 1), k, v, even_bounds(q), cu_keys, q.shape[1], mask.shape[1])
+    return out.unflatten(0, q.shape[:2]).transpose(1, 2)
+
+
+def even_bounds(x: Tensor) -> Tensor:
+    """Where the sequences of x [b l ...] begin among the rows [b*l ...], and their end: [b+1] int32."""
+    batch_size, length = x.shape[:2]
+    return length * torch.arange(batch_size + 1, dtype=torch.int32, device=x.device)
+
+
+def compacted(k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The real keys alone: k, v [b l h d], mask [b l] bool -> k, v [b*l h d], cu_keys [b+1] int32.
+
+    Sequence i has the rows from cu_keys[i] to cu_keys[i + 1]; later rows are filler, whose gradients may hold
+    anything.
+    """
     cu_keys = F.pad(mask.sum(dim=1).cumsum(0), (1, 0))
     ends = (cu_keys[:-1, None] + mask.cumsum(dim=1)).flatten()  # [b*l] real keys up to and with this one
-    rows = torch.arange(batch_size * length, device=q.device)
-    order = torch.searchsorted(ends, rows, right=True).clamp(max=batch_size * length - 1)
+    rows = torch.arange(mask.numel(), device=mask.device)
+    order = torch.searchsorted(ends, rows, right=True).clamp(max=mask.numel() - 1)
     slot = (ends - 1).clamp(min=0)
-    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
-    k, v = (_Compact.apply(x, order, slot, mask.flatten()) for x in (k, v))
-    cu_queries = torch.arange(batch_size + 1, device=q.device) * length
-    out = kernel(q, k, v, cu_queries.to(torch.int32), cu_keys.to(torch.int32), length)
-    return out.unflatten(0, (batch_size, length)).transpose(1, 2)
+    k, v = (_Compact.apply(x.flatten(0, 1), order, slot, mask.flatten()) for x in (k, v))
+    return k, v, cu_keys.to(torch.int32)
 
 
 class _Compact(torch.autograd.Function):
@@ -97,19 +112,27 @@ def softmax_varlen(
     real = (torch.arange(q.shape[0], device=q.device) < cu_seqlens[-1])[:, None, None]
     q, k, v = (torch.where(real, x, 0) for x in (q, k, v))  # the kernel leaves filler rows unwritten, also in
     cu_seqlens = cu_seqlens.to(torch.int32)  # its gradients: neither may reach a product with a weight
-    return torch.where(real, flash(q, k, v, cu_seqlens, cu_seqlens, max_len, dropout=dropout), 0)
+    return torch.where(real, flash(q, k, v, cu_seqlens, cu_seqlens, max_len, max_len, dropout=dropout), 0)
 
 
 def flash(
-    q: Tensor, k: Tensor, v: Tensor, cu_queries: Tensor, cu_keys: Tensor, max_len: int, *, dropout: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_queries: Tensor,
+    cu_keys: Tensor,
+    max_queries: int,
+    max_keys: int,
+    *,
+    dropout: float,
 ) -> Tensor:
     """The operator behind `torch.nn.attention.varlen`, called directly because that wrapper has no dropout.
 
-    q, k, v: [t h d]; sequence i has the queries from cu_queries[i] to cu_queries[i + 1] (int32), keys
-    likewise, none more than max_len -> [t h d], unwritten at rows of no sequence, as are gradients.
+    q: [t h d], k, v: [u h d]; sequence i has the queries from cu_queries[i] to cu_queries[i + 1] (int32), at
+    most max_queries, keys likewise -> [t h d], unwritten at rows of no sequence, as are gradients.
     """
     out, *_ = torch.ops.aten._flash_attention_forward(
-        q, k, v, cu_queries, cu_keys, max_len, max_len, dropout, False, False
+        q, k, v, cu_queries, cu_keys, max_queries, max_keys, dropout, False, False
     )
     return out
 

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.common import at_least_fp32, full_precision
+from models.linear_rows import divided, fits_kernels, mapped, normalised_sums
 from models.packed import Chunks
 from models.row_products import linear_sums, runs_kernels
 
@@ -36,14 +37,49 @@ def segment_sums(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: i
     return linear_sums(q, k, v, cu_seqlens, max_len)
 
 
+def kernel_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    eps: float,
+    add_eps: bool = False,
+    feature: str = "none",
+) -> Tensor:
+    """`kernel_sums` divided: normalised linear attention, options as in `normalised_sums`.
+
+    q, k: [b h l d], v: [b h l e], mask: [b l] bool, True = real -> [b h l e] in the dtype of v.
+    """
+    if fits_kernels(q, k, v):
+        real = None if mask is None else mask.flatten()
+        options = {"eps": eps, "add_eps": add_eps, "feature": feature}
+        out = normalised_sums(*_rows(q, k, v), *_offsets(q), real=real, **options)
+        return _batch(out, q)
+    sums = kernel_sums(mapped(q, feature), mapped(k, feature), v, mask)
+    return divided(*sums, eps, add_eps).to(v.dtype)
+
+
 def _sums_of_rows(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """`kernel_sums` of a padded batch as packed rows of sequences of one length."""
+    mixed, norm = linear_sums(*_rows(q, k, v), *_offsets(q))
+    return _batch(mixed, q), _batch(norm, q)
+
+
+def _rows(*padded: Tensor) -> tuple[Tensor, ...]:
+    """Each [b h l d] -> [b*l h d]."""
+    return tuple(x.transpose(1, 2).flatten(0, 1) for x in padded)
+
+
+def _offsets(q: Tensor) -> tuple[Tensor, int]:
+    """`cu_seqlens` and `max_len` of such rows."""
     batch_size, _, length, _ = q.shape
-    cu_seqlens = length * torch.arange(batch_size + 1, dtype=torch.int32, device=q.device)
-    rows = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [t h ...]
-    mixed, norm = linear_sums(*rows, cu_seqlens, length)
-    mixed, norm = (x.unflatten(0, (batch_size, length)).transpose(1, 2) for x in (mixed, norm))
-    return mixed, norm
+    return length * torch.arange(batch_size + 1, dtype=torch.int32, device=q.device), length
+
+
+def _batch(rows: Tensor, q: Tensor) -> Tensor:
+    """The inverse of `_rows`."""
+    return rows.unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2)
 
 
 def chunk_sums(q: Tensor, k: Tensor, v: Tensor, chunks: Chunks, batch_size: int) -> Tensor:
@@ -57,14 +93,12 @@ def chunk_sums(q: Tensor, k: Tensor, v: Tensor, chunks: Chunks, batch_size: int)
 
 
 def segment_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, *, eps: float
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, *, eps: float, **options
 ) -> Tensor:
-    """Normalised linear attention within each packed sequence, on features that are mapped already.
-
-    q, k: [t h d], v: [t h e] -> [t h e], at least float32; zeros at filler rows.
+    """`kernel_attention` within each packed sequence. q, k: [t h d], v: [t h e]
+    -> [t h e] in the dtype of v; zeros at filler rows.
     """
-    mixed, norm = segment_sums(q, k, v, cu_seqlens, max_len)
-    return mixed / norm.clamp_min(eps)
+    return normalised_sums(q, k, v, cu_seqlens, max_len, eps=eps, **options)
 
 
 def segment_softmax(

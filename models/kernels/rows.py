@@ -197,9 +197,9 @@ def sums(
     """
     (_, heads, d), e = a.shape, b.shape[-1]
     batch_size = cu_seqlens.shape[0] - 1
-    block_d, block_e = _block(d, 64), _block(e, 64)
+    block_d, block_e = block_size(d, 64), block_size(e, 64)
     blocks = triton.cdiv(d, block_d) * triton.cdiv(e, block_e)
-    part_rows = _part_rows(max_len, batch_size * heads * blocks)
+    part_rows = part_size(max_len, batch_size * heads * blocks)
     parts = max(triton.cdiv(max_len, part_rows), 1)
     size = batch_size * heads * d * (e + (column != NONE))
     out = a.new_empty(parts, size, dtype=torch.float32)
@@ -257,7 +257,7 @@ def apply(
     """
     (num_rows, heads, d), e = a.shape, state.shape[-1]
     batch_size = cu_seqlens.shape[0] - 1
-    block_d, block_e = _block(d, 32 if a.element_size() > 2 else 64), _block(e, 64)
+    block_d, block_e = block_size(d, 32 if a.element_size() > 2 else 64), block_size(e, 64)
     block_t = 128 if block_e <= 32 and d <= block_d else 64  # registers
     num_blocks = max(triton.cdiv(max_len, block_t), 1)
     out = a.new_empty(num_rows, heads, e, dtype=dtype)
@@ -297,11 +297,11 @@ def apply(
     return out, norm
 
 
-def _block(width: int, most: int) -> int:
+def block_size(width: int, most: int) -> int:
     return min(max(triton.next_power_of_2(width), 16), most)  # a tensor core's product has sides of 16
 
 
-def _part_rows(max_len: int, programs: int) -> int:
+def part_size(max_len: int, programs: int) -> int:
     """Rows that one program adds up, of a sequence of `max_len` with so many programs for each part."""
     rows = MIN_PART
     while rows < MAX_PART and programs * triton.cdiv(max_len, rows) > PROGRAMS:
@@ -312,5 +312,10 @@ def _part_rows(max_len: int, programs: int) -> int:
 def _precision(a: Tensor, b: Tensor) -> dict[str, bool | str]:
     return {
         "HALF": a.dtype == b.dtype and a.element_size() == 2,
-        "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3",
+        "PRECISION": tf32_parts(),
     }
+
+
+def tf32_parts() -> str:
+    """In how many parts products in float32 go through tensor cores, as Triton calls it."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from models import Place, build
+from models import Place, build, linformer
 from models.linformer import linformer_attention
 
 EXACT = {"rtol": 0, "atol": 1e-12}  # float64 rounding
@@ -120,3 +120,62 @@ def test_input_past_the_longest_length_is_refused():
 def test_values_that_make_no_sense_are_refused(own):
     with pytest.raises(ValueError, match="linformer"):
         build("linformer", Place(d_model=8, num_heads=2, max_len=30), **own)
+
+
+@pytest.mark.parametrize("num_heads", [1, 2])
+def test_fused_attention_to_the_mixtures_equals_explicit_attention(num_heads, monkeypatch):
+    mask = torch.arange(13) < torch.tensor([13, 6])[:, None]
+    leaves = [x.requires_grad_() for x in (*qkv(), *projections(num_heads))]
+
+    def trained():
+        q, k, v, proj_k, proj_v = leaves
+        out = linformer_attention(q, k, v, mask, proj_k=proj_k, proj_v=proj_v)
+        return out, *torch.autograd.grad(out.sin().sum(), leaves)
+
+    expected = trained()
+    monkeypatch.setattr(linformer, "flash_runs", lambda q, k, v: True)
+    monkeypatch.delattr(linformer, "masked_softmax")  # of the explicit path
+    for found, wanted in zip(trained(), expected, strict=True):
+        torch.testing.assert_close(found, wanted, **EXACT)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_half_precision_on_a_gpu_equals_explicit_attention_captured_too(masked, dtype):
+    draw = torch.Generator(device="cuda").manual_seed(0)
+    qkv = torch.randn(4, 300, 3, 2, 32, device="cuda", generator=draw).to(dtype).unbind(2)
+    weights = torch.randn(2, 2, 64, 400, device="cuda", generator=draw) / 8
+    leaves = [*(x.transpose(1, 2) for x in qkv), *weights.unbind(0)]
+    mask = torch.arange(300, device="cuda") < torch.tensor([[300], [1], [0], [77]], device="cuda")
+
+    def step(leaves):
+        q, k, v, proj_k, proj_v = leaves = [x.detach().requires_grad_() for x in leaves]
+        attend = (
+            torch.compile(linformer_attention, fullgraph=True) if q.dtype == dtype else linformer_attention
+        )
+        out = attend(q, k, v, mask if masked else None, proj_k=proj_k, proj_v=proj_v)
+        return out, *torch.autograd.grad(out.square().sum(), leaves)
+
+    expected = step([x.double() for x in leaves])
+    step(leaves)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(leaves)
+    graph.replay()
+    for found, wanted in zip(captured, expected, strict=True):
+        assert (found.double() - wanted).norm() / wanted.norm() < 2e-2  # bfloat16 keeps 8 bits
+
+
+@pytest.mark.gpu
+def test_scores_are_not_stored_on_a_gpu_in_half_precision():
+    place = Place(d_model=64, num_heads=8, max_len=4096)
+    mechanism = build("linformer", place, attn_dropout=0.1).cuda()
+    x = torch.randn(16, 4096, 64, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with torch.autocast("cuda", torch.float16):
+        mechanism(x).square().sum().backward()
+    scores = 16 * 8 * 4096 * 256 * 4  # bytes in float32
+    assert torch.cuda.max_memory_allocated() - before < scores

@@ -7,7 +7,7 @@ import torch
 
 from models import Place, build
 from models.common import dense_attention
-from models.performer import favor_attention, orthogonal_features
+from models.performer import favor_attention, largest_of_sequence, orthogonal_features
 
 EXACT = {"rtol": 0, "atol": 1e-12}  # float64 rounding
 PLACE = Place(d_model=16, num_heads=2, max_len=200)
@@ -241,3 +241,36 @@ def test_values_that_make_no_sense_are_refused(own):
 def test_an_unknown_kernel_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="unknown kernel 'exp' for performer; choose from: softmax, relu"):
         build("performer", PLACE, kernel="exp")
+
+
+def test_keys_at_padding_reach_neither_outputs_nor_gradients_however_large_they_are():
+    q, k, v = (x.float() for x in qkv())
+    mask = torch.arange(13) < torch.tensor([[13], [9]])
+    k[1, :, 9:] *= 1e3
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = favor_attention(*leaves, mask, features=100 * features().float())
+    grads = torch.autograd.grad(out.sum(), leaves)
+    assert all(x.isfinite().all() for x in (out, *grads))
+    assert not grads[1][1, :, 9:].any()
+
+
+def test_the_stabiliser_is_the_largest_of_its_sequence_and_its_gradient_goes_there():
+    lengths, num_filler = (3, 0, 200, 70), 4
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    x = torch.randn(sum(lengths) + num_filler, 2, dtype=torch.float64)
+    x[-num_filler:] = 1e3
+    x.requires_grad_()
+    found = largest_of_sequence(x, cu_seqlens, 200)
+    weights = torch.randn_like(x)
+    (grad,) = torch.autograd.grad((found * weights).sum(), x)
+    parts = [*lengths, num_filler]
+    expected = [part.amax(dim=0) for part in x.split(parts)[:-1] if len(part)]
+    torch.testing.assert_close(
+        found[:-num_filler],
+        torch.cat([top.expand(n, 2) for top, n in zip(expected, (3, 200, 70), strict=True)]),
+    )
+    assert torch.equal(found[-num_filler:], x[-num_filler:])
+    total = sum(
+        (top * w.sum(0)).sum() for top, w in zip(expected, weights[:273].split([3, 200, 70]), strict=True)
+    )
+    torch.testing.assert_close(grad, torch.autograd.grad(total, x)[0], rtol=0, atol=1e-12)
