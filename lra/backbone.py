@@ -14,7 +14,7 @@ from lra.errors import UserError
 from lra.layout import Layout
 from lra.schema import BackboneConfig, ModelConfig
 from models.common import Block, Mixer, Place
-from models.layers import BatchNorm, ElementDropout, FeedForward, dropout, make_norm
+from models.layers import BatchNorm, FeedForward, make_norm
 from models.lookup import lookup
 
 # s sequences, l padded length, t packed rows, d width; [... d] is [s l d] or [t d]
@@ -88,7 +88,7 @@ class Dropout(nn.Module):
         if not self.training:
             return x
         if self.rate and self.kind == "element":
-            x = dropout(x, self.rate)
+            x = F.dropout(x, self.rate)
         elif self.rate:
             x = x * layout.per_sequence(F.dropout(x.new_ones(layout.num_sequences, x.shape[-1]), self.rate))
         if self.drop_path:
@@ -198,7 +198,7 @@ class Backbone(nn.Module):
         self.padded_length = padded_length
         max_len = padded_length + (config.pool == "cls")
         self.embedding = Embedding(config, vocab_size=vocab_size, channels=channels, max_len=max_len)
-        self.embedding_dropout = ElementDropout(config.input_dropout)
+        self.embedding_dropout = nn.Dropout(config.input_dropout)
         shared: dict = {}
         distinct = 1 if config.tied_layers else config.num_layers
         self.layers = nn.ModuleList()

@@ -136,25 +136,26 @@ def train(
             num_params=sum(p.numel() for p in trainer.model.parameters()),
             state_size=trainer.model.mechanisms()[0].state_size(config.padded_length),
             device=environment.device_name(device),
-            step_mode=trainer.mode,
             layout=trainer.layout,
         )
         measured = trainer.run()
-        step, why = trainer.step, [trainer.bench.why, *trainer.step.notes]
-        extra = {**record.extra, "compiled": step.compiled, "step_reason": "; ".join(why)}
-        record = dataclasses.replace(record, step_mode=step.mode, extra=extra)
         if findings := measured.pop("findings"):
             record = dataclasses.replace(record, extra={**record.extra, "findings": findings})
-        return dataclasses.replace(record, status="ok", **measured)
+        found: dict[str, Any] = {"status": "ok", **measured}
     except Diverged as error:
-        return dataclasses.replace(record, status="diverged", reason=str(error), num_steps=trainer.state.step)
+        found = {"status": "diverged", "reason": str(error), "num_steps": trainer.state.step}
     except UserError:
         raise
     except Exception as error:
         if environment.out_of_memory(error):
-            return dataclasses.replace(record, status="oom", reason=" ".join(str(error).split())[:300])
-        log.error("%s failed:\n%s", record.run_id, traceback.format_exc())
-        return dataclasses.replace(record, status="failed", reason=f"{type(error).__name__}: {error}"[:500])
+            found = {"status": "oom", "reason": " ".join(str(error).split())[:300]}
+        else:
+            log.error("%s failed:\n%s", record.run_id, traceback.format_exc())
+            found = {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:500]}
+    if trainer is not None:
+        found |= trainer.how()
+        found["extra"] = {**record.extra, **found["extra"]}
+    return dataclasses.replace(record, **found)
 
 
 def describe(config: RunConfig, store: Store) -> Record:

@@ -192,10 +192,9 @@ class Trainer:
             raise Diverged(f"loss is not finite at step {step}")
 
     def _evaluate_and_keep(self) -> None:
-        state, started = self.state, time.perf_counter()
+        state = self.state
         parallel.check_equal(self.model)
         accuracy, loss, _ = self.evaluate("val")
-        state.eval_s += time.perf_counter() - started
         self.schedule.observe(accuracy)
         self._write_line({"step": state.step, "val_accuracy": accuracy, "val_loss": loss})
         self._tell(val_accuracy=accuracy)
@@ -208,6 +207,7 @@ class Trainer:
         """Accuracy, mean loss and predictions of the present weights on every example of a split, each
         once. Waits for the device at the end alone.
         """
+        started, compiled_before = time.perf_counter(), self.step.compile_s
         batches = self.batches[split]
         counts = [len(part) for part in parallel.shares(np.arange(batches.num_rows), self.world)]
         predictions = torch.empty(counts[self.world.rank], dtype=torch.int64, device=self.device)
@@ -222,6 +222,8 @@ class Trainer:
         parallel.sum_(total_loss)
         accuracy = (predictions == batches.device_labels).double().mean()
         accuracy, mean_loss = torch.stack([accuracy, total_loss / batches.num_rows]).tolist()
+        compiling = self.step.compile_s - compiled_before  # counts as that
+        self.state.eval_s += time.perf_counter() - started - compiling
         return accuracy, mean_loss, predictions.to(torch.uint8).cpu().numpy()
 
     def _measure_cost(self) -> dict[str, Any]:
@@ -254,9 +256,7 @@ class Trainer:
             self.model.load_state_dict(checkpoint.load(self.folder / BEST, **self._owner())["model"])
         else:
             val_accuracy, best_step = self.evaluate("val")[0], state.step
-        started = time.perf_counter()
         accuracy, _, predictions = self.evaluate("test")
-        state.eval_s += time.perf_counter() - started
         test = self.batches["test"]
         labels = test.labels
         if self.first:
@@ -280,7 +280,6 @@ class Trainer:
             "train_s": state.train_s,
             "eval_s": state.eval_s,
             "wall_s": self.wall_s,
-            "compile_s": state.compile_s + self._compile_s(),
             "reserved_mib": cost.reserved_mib(self.device),
             "findings": findings
             if any(findings := [m.findings() for m in self.model.mechanisms()])
@@ -291,6 +290,17 @@ class Trainer:
     def wall_s(self) -> float:
         """Seconds spent on this run, earlier tries that it goes on from included."""
         return self.state.wall_s + time.perf_counter() - self.started
+
+    def how(self) -> dict[str, Any]:
+        """How the steps were run, for the record, whatever became of the run."""
+        return {
+            "step_mode": self.step.mode,
+            "compile_s": self.state.compile_s + self._compile_s(),
+            "extra": {
+                "compiled": self.step.compiled,
+                "step_reason": "; ".join([self.bench.why, *self.step.notes]),
+            },
+        }
 
     def _compile_s(self) -> float:
         """Seconds that this process compiled and captured for this run."""

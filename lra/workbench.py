@@ -5,6 +5,7 @@ fresh weights where those of the first were, and goes on with its compiled code 
 """
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -86,9 +87,9 @@ def of(config: RunConfig, store: Store, device: torch.device, layout: str, *, ru
 def clear() -> None:
     """Lets go of the last run's workbench and what it has on the device."""
     global _last
-    if _last is not None:
-        _last = None
-        torch._dynamo.reset()
+    _last = None
+    if "torch._dynamo" in sys.modules:  # else nothing was compiled, and to import it takes a second
+        sys.modules["torch._dynamo"].reset()
 
 
 def adopt(model: nn.Module, fresh: nn.Module) -> bool:

@@ -115,51 +115,6 @@ def _moments_of_all(rows: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor
     return count, mean, _SumOfAll.apply(total((rows - mean).square())) / count
 
 
-class ElementDropout(nn.Module):
-    """Dropout of single numbers (Srivastava et al. 2014), by `dropout`."""
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: Tensor) -> Tensor:
-        return dropout(x, self.rate) if self.training else x
-
-
-def dropout(x: Tensor, rate: float) -> Tensor:
-    """Each number of x becomes zero with probability `rate`, else it is divided by 1 - rate.
-
-    PyTorch's own dropout, but where it is compiled for a GPU: there the generator that PyTorch draws from
-    would take longer than all else that a layer does to a number, and a hash of its place and of a seed drawn
-    for each call does as well.
-    """
-    if not rate or not (x.is_cuda and torch.compiler.is_compiling()) or x.numel() >= 2**31:
-        return F.dropout(x, rate)
-    return hashed_dropout(x, rate, torch.ops.lra.dropout_seed(x))
-
-
-def hashed_dropout(x: Tensor, rate: float, seed: Tensor) -> Tensor:
-    """`dropout` by the lowest 24 bits of a hash of each place, int32 arithmetic modulo 2^32; seed: [2]."""
-    place = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape)
-    mixed = place * -1640531527 + seed[0]  # 2^32 over the golden ratio: neighbours far apart
-    for shift, factor in ((16, 0x7FEB352D), (15, -2073254261)):  # a mixer of 32 bits with low bias
-        mixed = (mixed ^ ((mixed >> shift) & (2 ** (32 - shift) - 1))) * factor
-    mixed = (mixed ^ ((mixed >> 16) & 0xFFFF)) + seed[1]
-    mixed = (mixed ^ ((mixed >> 13) & 0x7FFFF)) * -1028477379
-    kept = ((mixed >> 8) & 0xFFFFFF) >= round(rate * 2**24)
-    return torch.where(kept, x * (1 / (1 - rate)), 0)
-
-
-@torch.library.custom_op("lra::dropout_seed", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
-def _dropout_seed(x: Tensor) -> Tensor:
-    return torch.randint(-(2**31), 2**31 - 1, (2,), dtype=torch.int32, device=x.device)
-
-
-@_dropout_seed.register_fake
-def _(x):
-    return x.new_empty(2, dtype=torch.int32)
-
-
 class NoNorm(nn.Module):
     """No normalisation."""
 
@@ -195,7 +150,7 @@ class FeedForward(nn.Module):
             raise ValueError(f"unknown activation '{activation}'; choose from: {', '.join(ACTIVATIONS)}")
         self.activation, self.glu = ACTIVATIONS[activation], glu
         self.up = nn.Linear(d_model, 2 * d_ff if glu else d_ff)
-        self.dropout = ElementDropout(dropout)
+        self.dropout = nn.Dropout(dropout)
         self.down = nn.Linear(d_ff, d_model)
 
     def forward(self, x: Tensor) -> Tensor:
