@@ -7,6 +7,7 @@ stop there. A comment at the end of a line, as `# needs a GPU`, says what it nee
 import json
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -194,3 +195,36 @@ def test_what_the_quarter_of_an_hour_gave_is_what_was_measured():
     said = dict(zip(names.split(" | "), shares.split(" | "), strict=True))
     assert said == {name: f"{100 * run['test_accuracy']:.1f} %" for name, run in measured.items()}
     assert all(run["wall_s"] < 300 and run["test_accuracy"] >= 0.8 for run in measured.values())
+
+
+def measured_steps(name: str) -> dict[tuple[str, str], dict[str, float]]:
+    cells: dict[tuple[str, str], dict[str, float]] = {}
+    for line in (ROOT / "results" / "step" / name).read_text().splitlines():
+        row = json.loads(line)
+        cells.setdefault((row["task"], row["model"]), {})[row["rung"]] = row["step_ms"]
+    return cells
+
+
+def test_the_ladder_of_a_step_is_what_was_measured():
+    cells = measured_steps("ladder.jsonl")
+    shown = re.findall(r"^\| (\w+), `(\w+)` \| (.*) \|$", README, re.MULTILINE)
+    assert len(shown) == 6
+    for task, model, numbers in shown:
+        steps = cells[task, model]
+        wanted = [*(f"{ms:.2f}" for ms in steps.values()), f"{steps['plain'] / steps['packed']:.1f}"]
+        assert numbers.split(" | ") == wanted
+    mean = statistics.geometric_mean(steps["plain"] / steps["packed"] for steps in cells.values())
+    assert f"{mean:.1f} times in the geometric mean" in README
+    (here,) = measured_steps("cpu.jsonl").values()
+    assert f"ListOps is {here['plain'] / here['packed']:.1f} times as fast" in README
+
+
+def test_other_commands_name_scripts_that_exist_and_runs_that_compose():
+    others = [line for line in LINES if line.startswith(("python ", "torchrun "))]
+    for line in others:
+        given = words(line)
+        if line.startswith("python "):
+            assert (ROOT / given[0]).is_file(), line
+        else:
+            config.compose(given[given.index("train") + 1 :])
+    assert len(others) == 2
