@@ -2,12 +2,13 @@
 
 import torch
 
-from lra import registry
+from lra import parallel, registry
 from lra.backbone import Backbone
 from lra.capture import CapturedStep
 from lra.config import RunConfig
 from lra.errors import UserError
 from lra.step import Step
+from models.common import Mechanism
 
 # Measured on an H200 at width 64: what compiling a captured step takes, and what it saves a step.
 COMPILE_S, COMPILE_S_PER_LAYER = 10.0, 5.0
@@ -106,7 +107,21 @@ def cannot_capture(config: RunConfig, device: torch.device) -> str | None:
     return None
 
 
+def check_recompute(model: Backbone, *, compiled: bool) -> None:
+    """UserError where layers that run again in the backward pass cannot be compiled."""
+    if not (compiled and model.recompute):
+        return
+    for module in model.modules():
+        if isinstance(module, Mechanism) and parallel.has_own_loss(module):
+            raise UserError(
+                f"train.activation_checkpointing with torch.compile: {module.name} keeps a loss of its own "
+                "beside its output, which compiled code cannot compute again; use train.step_mode=eager or "
+                "leave one of them away"
+            )
+
+
 def make_step(config: RunConfig, model: Backbone, device: torch.device, mode: str, *, compiled: bool) -> Step:
+    check_recompute(model, compiled=compiled)
     if mode != "captured":
         return Step(model, config.train, device, compiled=compiled)
     strict = config.train.step_mode == "captured"

@@ -3,6 +3,8 @@ registry.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,7 @@ from lra.errors import UserError
 from lra.layout import Layout
 from lra.schema import BackboneConfig, ModelConfig
 from models.common import Block, Mixer, Place
-from models.layers import BatchNorm, FeedForward, make_norm
+from models.layers import FeedForward, make_norm
 from models.lookup import lookup
 
 # s sequences, l padded length, t packed rows, d width; [... d] is [s l d] or [t d]
@@ -178,7 +180,8 @@ class Backbone(nn.Module):
 
     forward(inputs, layout) -> logits [b num_classes]; inputs are ids [s l] or [t], or values with a last
     axis of channels. `padded_length` is the length that padded rows have, without [CLS]. `recompute` keeps
-    the inputs of each layer alone for the backward pass, which runs the layer again (arXiv 1604.06174).
+    the inputs of each layer alone for the backward pass, which runs the layer again (arXiv 1604.06174); what
+    the layer writes into its buffers is written once.
     """
 
     def __init__(
@@ -222,9 +225,6 @@ class Backbone(nn.Module):
                 )
             whole = isinstance(mechanism, Block)
             self.layers.append(WholeBlock(mechanism) if whole else StandardBlock(mechanism, config))
-        if recompute:
-            for norm in (m for m in self.layers.modules() if isinstance(m, BatchNorm)):
-                norm.momentum = 1 - (1 - norm.momentum) ** 0.5  # it sees every batch twice
         self.norm = make_norm(
             config.norm if config.final_norm else "none",
             config.d_model,
@@ -249,7 +249,7 @@ class Backbone(nn.Module):
                 x, layout = layout.prepend(x, self.embedding.cls)
             layer = self.layers[0 if config.tied_layers else index]
             if self.recompute and self.training and torch.is_grad_enabled():
-                x, carry = checkpoint(layer, x, layout, carry, use_reentrant=False)
+                x, carry = _recomputed(layer, x, layout, carry)
             else:
                 x, carry = layer(x, layout, carry)
         x = self.norm(x, layout.real)
@@ -266,6 +266,33 @@ class Backbone(nn.Module):
     def training_update(self, step: int) -> None:
         for mechanism in self.mechanisms():
             mechanism.training_update(step)
+
+
+def _recomputed(layer: nn.Module, *inputs):
+    """`layer(*inputs)`, which runs again in the backward pass; that leaves its buffers as the first run did.
+
+    Compiled code runs it again without writing buffers, and takes no context.
+    """
+    if torch.compiler.is_compiling():
+        return checkpoint(layer, *inputs, use_reentrant=False)
+
+    def contexts():
+        return nullcontext(), _buffers_put_back(layer)
+
+    return checkpoint(layer, *inputs, use_reentrant=False, context_fn=contexts)
+
+
+@contextmanager
+def _buffers_put_back(module: nn.Module) -> Iterator[None]:
+    """What is written into buffers inside, as running statistics, is undone at the end."""
+    before = [(buffer, buffer._version, buffer.clone()) for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, version, kept in before:
+                if buffer._version != version:
+                    buffer.copy_(kept)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from torch import Tensor
 from lra.data.batch import Batches, Form, Plan
 from lra.data.source import pinned
 from lra.environment import out_of_memory
+from lra.errors import one_line
 from lra.step import Step
 
 log = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ class CapturedStep(Step):
     def _step_down(self, error: Exception) -> None:
         """From a compiled capture to a plain one, from that to no capture."""
         what = "compiled" if self.compiled else "captured"
-        note = f"could not be {what}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        note = f"could not be {what}: {type(error).__name__}: {one_line(error)}"
         log.warning("the step %s", note)
         self.notes.append(note)
         self._graphs.clear()

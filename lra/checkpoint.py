@@ -8,13 +8,15 @@ import torch
 
 from lra.errors import UserError
 
+FORMAT = 2  # of what a run saves; raised with every change of it
 
-def save(content: Any, path: Path) -> None:
+
+def save(content: dict[str, Any], path: Path) -> None:
     """Writes beside `path` and renames, so that a killed process leaves the old file whole."""
     part = path.with_suffix(".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(_apart(content), part)
+        torch.save({"format": FORMAT, **_apart(content)}, part)
         with open(part, "rb") as file:
             os.fsync(file.fileno())
         part.replace(path)
@@ -26,14 +28,19 @@ def save(content: Any, path: Path) -> None:
 
 
 def load(path: Path, *, config_hash: str, seed: int) -> dict[str, Any]:
-    """The checkpoint at `path`; UserError if it is damaged or of another config."""
+    """The checkpoint at `path`; UserError if it is damaged, of another format or config."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        found = (saved["config_hash"], saved["seed"])
+        written, found = saved.get("format"), (saved["config_hash"], saved["seed"])
     except Exception as error:
         raise UserError(
             f"checkpoint {path} cannot be read ({error}); delete it to start the run again"
         ) from error
+    if written != FORMAT:
+        raise UserError(
+            f"checkpoint {path} was written by another version of lra; delete it, or add --force to begin "
+            "anew"
+        )
     if found != (config_hash, seed):
         raise UserError(
             f"checkpoint {path} belongs to another config (hash {found[0]}, seed {found[1]}); this run is "

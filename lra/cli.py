@@ -9,9 +9,9 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from lra import __version__
+from lra import __version__, torchrun
 from lra.arguments import Parser
-from lra.errors import UserError, unknown
+from lra.errors import Agreed, UserError, unknown
 
 OK, SOME_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     status = _main(argv)
-    if "LOCAL_RANK" in os.environ:  # torchrun started this process
+    if torchrun.launched():
         from lra import parallel
 
         return parallel.end(status)
@@ -66,7 +66,8 @@ def _main(argv: list[str]) -> int:
         with terminate_as_stop():
             return _run(argv)
     except UserError as error:
-        print(f"lra: {error}", file=sys.stderr)
+        if torchrun.is_first() or not isinstance(error, Agreed):
+            print(f"lra: {error}", file=sys.stderr)
         return BAD_INPUT
     except Stop as stop:
         again = "" if argv[0] == "data" else "; the same command goes on from the last checkpoint"
@@ -91,10 +92,8 @@ def _run(argv: list[str]) -> int:
     verb, rest = argv[0], argv[1:]
     if verb not in VERBS:
         raise unknown("verb", verb, VERBS)
-    if verb != "train" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError(
-            f"torchrun starts one training run over several processes; start lra {verb} without it"
-        )
+    if verb != "train" and torchrun.launched():
+        raise Agreed(f"torchrun starts one training run over several processes; start lra {verb} without it")
     return _verbs()[verb](rest)
 
 
@@ -131,13 +130,17 @@ def _train(argv: list[str]) -> int:
     parser.add_argument("--force", action="store_true", help="run again what is done, from the start")
     parser.add_argument("--config", action="store_true", help="print the resolved settings and stop")
     args = _overrides(parser, argv)
+    from lra import parallel
     from lra.launch import sweep
+    from lra.run import FINAL
 
     if args.config:
         return _print_config(args.overrides)
     records = sweep.train(args.overrides, multirun=args.multirun, force=args.force)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if torchrun.is_first():
         _print_table(records)
+    if torchrun.launched() and all(record.status in FINAL for record in records):
+        parallel.barrier()  # one that ends with a status of failure would have torchrun end the others
     return OK if all(record.status == "ok" for record in records) else SOME_FAILED
 
 

@@ -348,6 +348,11 @@ def _idle_by_choice(run: RunConfig) -> dict[str, str]:
     """Settings that another setting puts out of use, with that reason."""
     backbone, train = run.model.backbone, run.train
     groups = [
+        (
+            train.micro_batch is not None and train.micro_batch > run.batch_size,
+            f"a batch has {run.batch_size} rows",
+            ["train.micro_batch"],
+        ),
         (backbone.pool != "cls", "only model.pool=cls has a [CLS] token", ["model.cls_layer"]),
         (
             not backbone.head_widths,

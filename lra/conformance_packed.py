@@ -30,9 +30,7 @@ def packed_error(subject: Subject, rotary_base: float | None, limit: int) -> flo
     pairs = [(expected, packed), (expected, refilled), *zip(expected_grads, packed_grads, strict=True)]
     pairs += list(zip(expected_grads, refilled_grads, strict=True))
     largest_of_all = max([1e-300, *(grad.abs().max().item() for grad in expected_grads)])
-    floor = (
-        1e-6 * largest_of_all
-    )  # a gradient that is zero but for rounding is compared with the others' size
+    floor = 1e-6 * largest_of_all  # a gradient that is but rounding is compared with the others' size
     return largest([change(a, b) if a.abs().max() > floor else (b - a).abs().max().item() for a, b in pairs])
 
 

@@ -21,6 +21,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its progress lines would land
 
 MIB = 2**20
 CPU_METHOD = "weights, gradients and optimizer state, plus the peak of live allocations in one profiled step"
+CPU_INFER_METHOD = "weights, plus the peak of live allocations in one profiled forward pass"
 CUDA_METHOD = "peak of PyTorch's CUDA allocator after warm-up, without the data kept on the device"
 
 
@@ -35,7 +36,8 @@ class Trial:
 
     def flops(self, batches: Batches, plans: list[Plan]) -> int | None:
         """Floating-point operations of one step as PyTorch counts them: products and attention, not
-        elementwise. None if kernels ran that it cannot see into.
+        elementwise. Layers that activation checkpointing runs twice count twice. None if kernels ran that it
+        cannot see into.
         """
         counter = FlopCounterMode(display=False)
         # The counter knows the fused kernels of a GPU but not the CPU's, so there attention runs as products.

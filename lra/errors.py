@@ -10,6 +10,16 @@ class UserError(ValueError):
     """
 
 
+class Agreed(UserError):
+    """An error that all processes of a run have alike; the first one tells it."""
+
+
+def one_line(text: object, *, first: int = 200, last: int = 250) -> str:
+    """A message without line ends; of a long one the beginning and the end."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= first + last + 5 else f"{line[:first]} ... {line[-last:]}"
+
+
 def unknown(kind: str, given: str, choices: Iterable[str]) -> UserError:
     """The error for a name that does not exist, with close matches and all choices."""
     choices = sorted(choices)

@@ -18,7 +18,7 @@ from lra.assembly import build_model, choose_layout, choose_step, make_step
 from lra.config import RunConfig, compose, expand
 from lra.data.batch import Batches, decoding
 from lra.data.store import Split
-from lra.errors import UserError, unknown
+from lra.errors import UserError, one_line, unknown
 from lra.records import Record
 from lra.run import conditions, make_folder, release_memory
 
@@ -60,9 +60,10 @@ def cells(overrides: Sequence[str]) -> list[tuple[RunConfig, str]]:
         rest.append(f"length={DEFAULT_LENGTHS}")
     found = []
     for one in expand(rest):
-        config = compose(one, any_length=True)
         if "tokens" in given:
-            config = dataclasses.replace(config, batch_size=_rows(given["tokens"], config.length))
+            length = dict(each.split("=", 1) for each in one)["length"]
+            one = [*one, f"batch_size={_rows(given['tokens'], length)}"]
+        config = compose(one, any_length=True)
         choose_layout(config)
         environment.pick_device(config.train.device)
         found += [(config, mode) for mode in modes]
@@ -72,12 +73,14 @@ def cells(overrides: Sequence[str]) -> list[tuple[RunConfig, str]]:
     return found
 
 
-def _rows(tokens: str, length: int) -> int:
+def _rows(tokens: str, length: str) -> int:
+    if not length.isdigit() or int(length) < 1:
+        raise UserError(f"length={length} is not a positive whole number")
     if not tokens.isdigit() or int(tokens) < 1:
         raise UserError(f"tokens={tokens} is not a positive whole number")
-    if int(tokens) < length:
+    if int(tokens) < int(length):
         raise UserError(f"tokens={tokens} is less than one row of length={length}; raise it")
-    return int(tokens) // length
+    return int(tokens) // int(length)
 
 
 def measure_cell(config: RunConfig, mode: str, *, force: bool = False) -> Record:
@@ -101,10 +104,8 @@ def measure_cell(config: RunConfig, mode: str, *, force: bool = False) -> Record
             status = "oom" if environment.out_of_memory(error) else "failed"
             status = "unsupported" if isinstance(error, UserError) else status
             log.error("%s: %s\n%s", record.run_id, status, traceback.format_exc())
-            reason = (
-                " ".join(f"{type(error).__name__}: {error}".split()) if status == "failed" else str(error)
-            )
-            record = dataclasses.replace(record, status=status, reason=" ".join(reason.split())[:300])
+            reason = f"{type(error).__name__}: {error}" if status == "failed" else error
+            record = dataclasses.replace(record, status=status, reason=one_line(reason))
         finally:
             release_memory()
         record = dataclasses.replace(record, wall_s=time.perf_counter() - started)
@@ -162,12 +163,14 @@ def _measure(config: RunConfig, mode: str, device: torch.device) -> dict[str, An
     if device.type == "cuda":
         aside = batches.source.device_bytes + (0 if mode == "train" else step.optimizer.num_bytes)
         found["peak_mem_mib"] = cost.cuda_peak_mib(device, aside, step)
+        extra["peak_mem_method"] = cost.CUDA_METHOD
     elif mode == "train":
         found["peak_mem_mib"] = cost.Trial(step).cpu_peak_mib(batches, plans)
+        extra["peak_mem_method"] = cost.CPU_METHOD
     else:
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         found["peak_mem_mib"] = (weights + cost.peak_bytes(infer)) / cost.MIB
-    extra["peak_mem_method"] = cost.CUDA_METHOD if device.type == "cuda" else cost.CPU_METHOD
+        extra["peak_mem_method"] = cost.CPU_INFER_METHOD
     found["extra"] = extra
     return found
 

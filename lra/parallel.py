@@ -8,19 +8,22 @@ world of one every function here returns at once, and what it returns is what it
 import importlib
 import os
 import sys
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lra.errors import UserError
+from lra.errors import Agreed, UserError, one_line
+from lra.torchrun import launched
 from models.common import Mechanism
 
-TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what it tells each process
 SEED_STEP = 1_000_003
+MOST_STEPS, MOST_S = 16, 2.0  # between two agreements on whether to stop
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,6 @@ def world() -> World:
 def is_first() -> bool:
     """Whether this process is the one that writes."""
     return world().rank == 0
-
-
-def launched() -> bool:
-    """Whether torchrun started this process as one of several."""
-    return all(name in os.environ for name in TORCHRUN) and int(os.environ["WORLD_SIZE"]) > 1
 
 
 def start(device_name: str) -> World:
@@ -126,7 +124,7 @@ def check_batch(batch_size: int, micro_batch: int | None, world: World) -> None:
         cut = (
             "" if part == batch_size else f" with train.micro_batch={micro_batch}, the last of {least} rows,"
         )
-        raise UserError(
+        raise Agreed(
             f"batch_size={batch_size}{cut} is too small for {world.size} processes, as each needs a row; "
             "start fewer with --nproc-per-node or change the sizes"
         )
@@ -140,7 +138,7 @@ def check_mechanism(model: nn.Module, world: World) -> None:
         return
     for module in model.modules():
         if isinstance(module, Mechanism) and (why := coupling(module)):
-            raise UserError(
+            raise Agreed(
                 f"{module.name} would not learn on {world.size} processes what it learns on one: {why}; "
                 "run it without torchrun"
             )
@@ -152,11 +150,14 @@ def coupling(mechanism: Mechanism) -> str | None:
         return mechanism.traits.because.get("batch_invariant") or "a row's output depends on those beside it"
     if any(getattr(parameter, "architecture", False) for parameter in mechanism.parameters()):
         return "validation batches train what chooses between its candidates"
+    return "it has a loss of its own over all tokens of the batch" if has_own_loss(mechanism) else None
+
+
+def has_own_loss(mechanism: Mechanism) -> bool:
+    """Whether it adds to the loss itself; one that hands on the losses of those inside it does not."""
     inner = (module for module in mechanism.modules() if module is not mechanism)
-    hands_on = any(isinstance(module, Mechanism) for module in inner)  # which are asked themselves
-    if type(mechanism).aux_loss is not Mechanism.aux_loss and not hands_on:
-        return "it has a loss of its own over all tokens of the batch"
-    return None
+    hands_on = any(isinstance(module, Mechanism) for module in inner)
+    return type(mechanism).aux_loss is not Mechanism.aux_loss and not hands_on
 
 
 @torch.no_grad()
@@ -172,7 +173,7 @@ def check_equal(model: nn.Module) -> None:
     dist.all_reduce(differs, dist.ReduceOp.MAX)
     names = [name for name, unequal in zip(tensors, differs.tolist(), strict=True) if unequal]
     if names:
-        raise UserError(
+        raise Agreed(
             f"'{names[0]}' differs between the processes of this run: each computed it from its own part of "
             "the batch; run this model without torchrun"
         )
@@ -215,16 +216,67 @@ def _as_bytes(tensor: Tensor) -> Tensor:
 
 def any_process(flag: bool) -> bool:
     """Whether it is true on some process; it waits for all, but not for a GPU."""
+    return bool(largest(flag))
+
+
+def largest(value: float) -> float:
+    """The largest value of all processes; it waits for them, but not for a GPU."""
     if world().size == 1:
-        return flag
-    found = torch.tensor(int(flag))
+        return value
+    found = torch.tensor(value, dtype=torch.float64)
     dist.all_reduce(found, dist.ReduceOp.MAX)
-    return bool(found)
+    return found.item()
+
+
+def of_first(function: Callable[[], Any]) -> Any:
+    """What the function returns on the first process, on all of them; its error ends all of them."""
+    if world().size == 1:
+        return function()
+    answer = [None, None]
+    if is_first():
+        try:
+            answer = [function(), None]
+        except Exception as error:
+            dist.broadcast_object_list([None, one_line(error)], src=0, device=torch.device("cpu"))
+            raise
+    dist.broadcast_object_list(answer, src=0, device=torch.device("cpu"))
+    value, refusal = answer
+    if refusal is not None:
+        raise Agreed(refusal)
+    return value
+
+
+def lost_another(error: Exception) -> bool:
+    """Whether an error only says that another process of the run has gone."""
+    return world().size > 1 and (isinstance(error, dist.DistError) or "gloo/transport" in str(error))
 
 
 def barrier() -> None:
     """Waits until all processes are here, but not for a GPU."""
     any_process(False)
+
+
+class Agreement:
+    """Whether to stop, asked of all processes every few steps, the fewer the longer a step takes; alone, of
+    this one at each.
+
+    When to ask next follows from the longest time of all, so that all of them ask at the same steps.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.asked = self.next = step
+        self.at = time.monotonic()
+
+    def __call__(self, flag: bool, step: int, *, now: bool = False) -> bool:
+        """Called by all before each step, and `now` where the answer is needed whatever the step."""
+        if world().size == 1:
+            return flag
+        if step < self.next and not now:
+            return False
+        step_s = largest((time.monotonic() - self.at) / max(1, step - self.asked))
+        self.asked, self.at = step, time.monotonic()
+        self.next = step + max(1, int(min(MOST_STEPS, MOST_S / max(step_s, 1e-6))))
+        return any_process(flag)
 
 
 def seed_apart(seed: int) -> None:

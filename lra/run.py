@@ -14,12 +14,13 @@ import torch
 import yaml
 
 from lra import environment, parallel, records, registry, workbench
-from lra.assembly import build_model, choose_layout, choose_step
+from lra.assembly import build_model, check_recompute, choose_layout, choose_step
 from lra.config import RunConfig, compose
 from lra.data.prepare import prepare
 from lra.data.store import Store
-from lra.errors import UserError
+from lra.errors import UserError, one_line
 from lra.records import Record
+from lra.stop import Stop, stop_requested
 from lra.train import LAST, Diverged, Progress, Trainer
 
 log = logging.getLogger(__name__)
@@ -29,9 +30,14 @@ FINAL = ("ok", "diverged", "unsupported")  # statuses that another try would onl
 
 def check(config: RunConfig) -> None:
     """Raises UserError for what would only show when the run begins, as sizes that do not fit."""
+    world = parallel.world()
+    parallel.check_batch(config.batch_size, config.train.micro_batch, world)
     choose_layout(config)
-    choose_step(config, environment.pick_device(config.train.device), rows=1)
-    build_model(config, vocab_size=config.task.vocab_size if config.task.input == "tokens" else None)
+    _, compiled, _ = choose_step(config, environment.pick_device(config.train.device), rows=1)
+    vocab_size = config.task.vocab_size if config.task.input == "tokens" else None
+    model = build_model(config, vocab_size=vocab_size)
+    check_recompute(model, compiled=compiled)
+    parallel.check_mechanism(model, world)
 
 
 def prepared(config: RunConfig) -> Store:
@@ -74,37 +80,51 @@ def execute(
     store = prepared(config)
     data_s = time.perf_counter() - started
     parallel.start(config.train.device)
-    if not force and (record := done(config, store)) is not None:
-        log.info("%s is done already (%s)", record.run_id, record.status)
-        return record
     folder = folder_of(config, store)
-    first = parallel.is_first()
-    with _held(folder) if first else contextlib.nullcontext():
-        # Another process may have ended it while this one waited to begin.
-        if parallel.any_process(first and not force and done(config, store) is not None):
-            return records.read(folder)
-        if first:
-            records.archive(folder)
-            if force:
-                (folder / LAST).unlink(missing_ok=True)
-            (folder / "config.yaml").write_text(yaml.safe_dump(config.as_dict(), sort_keys=False))
-        parallel.barrier()
+    with contextlib.ExitStack() as held:
+        record = parallel.of_first(lambda: _begin(config, store, held, force=force))
+        if record is not None:
+            log.info("%s is done already (%s)", record.run_id, record.status)
+            return record
         record = describe(config, store)
         kernels = registry.load_models().fla_kernels
         try:
             with kernels.choices() as made:
                 record = train(record, config, store, folder, progress, runs)
         finally:
-            if record.status != "ok":
-                workbench.clear()
-            release_memory()
+            if parallel.world().size == 1:  # of several, each process makes one run and ends
+                if record.status != "ok":
+                    workbench.clear()
+                release_memory()
         if package := kernels.taken(made):
             record = dataclasses.replace(record, extra={**record.extra, "recurrence_kernel": package})
         record = dataclasses.replace(record, data_s=data_s, **labels)
-        parallel.barrier()
-        if first:
-            records.write(record, folder)
+        if parallel.is_first():
+            with stop_requested() as stop:  # torchrun sends a signal as soon as another process has failed
+                records.write(record, folder)
+            if stop.signal is not None:
+                raise Stop(stop.signal)
+        elif record.status not in FINAL:
+            log.error("process %d: %s: %s", parallel.world().rank, record.status, record.reason)
     return record
+
+
+def _begin(config: RunConfig, store: Store, held: contextlib.ExitStack, *, force: bool) -> Record | None:
+    """Takes the run's folder, which `held` will let go of, and makes it ready; or the record of a run that is
+    done already.
+    """
+    folder = folder_of(config, store)
+    if not force and (record := done(config, store)) is not None:
+        return record
+    held.enter_context(_held(folder))
+    # Another process may have ended it while this one waited to begin.
+    if not force and (record := done(config, store)) is not None:
+        return record
+    records.archive(folder)
+    if force:
+        (folder / LAST).unlink(missing_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config.as_dict(), sort_keys=False))
+    return None
 
 
 @contextlib.contextmanager
@@ -139,6 +159,7 @@ def train(
             layout=trainer.layout,
         )
         measured = trainer.run()
+        parallel.barrier()  # it is done where all processes are
         if findings := measured.pop("findings"):
             record = dataclasses.replace(record, extra={**record.extra, "findings": findings})
         found: dict[str, Any] = {"status": "ok", **measured}
@@ -147,11 +168,13 @@ def train(
     except UserError:
         raise
     except Exception as error:
-        if environment.out_of_memory(error):
-            found = {"status": "oom", "reason": " ".join(str(error).split())[:300]}
+        if parallel.lost_another(error):
+            found = {"status": "failed", "reason": "another process of this run failed"}
+        elif environment.out_of_memory(error):
+            found = {"status": "oom", "reason": one_line(error)}
         else:
             log.error("%s failed:\n%s", record.run_id, traceback.format_exc())
-            found = {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:500]}
+            found = {"status": "failed", "reason": one_line(f"{type(error).__name__}: {error}")}
     if trainer is not None:
         found |= trainer.how()
         found["extra"] = {**record.extra, **found["extra"]}

@@ -115,8 +115,10 @@ class Step:
         self._steps = 0
 
     def state(self) -> dict:
-        """What a checkpoint must hold beside the model."""
-        meter = {"total": self._total, "clock": self._clock, "bad": self._bad}
+        """What a checkpoint must hold beside the model; the meter is that of all processes together."""
+        bad = self.first_bad()
+        bad = torch.full_like(self._bad, -1 if bad is None else bad)
+        meter = {"total": parallel.sum_(self._total.clone()), "clock": self._clock, "bad": bad}
         return {"optimizer": self.optimizer.state(), "meter": meter, "steps": self._steps}
 
     def load(self, state: dict) -> None:
@@ -124,6 +126,8 @@ class Step:
         meter = state["meter"]
         for tensor, name in ((self._total, "total"), (self._clock, "clock"), (self._bad, "bad")):
             tensor.copy_(meter[name])
+        if not parallel.is_first():
+            self._total.zero_()  # `read` adds up all of them
         self._steps = state["steps"]
 
     def _compile(self, compiled: bool) -> None:
@@ -134,7 +138,10 @@ class Step:
         self.optimizer.compile(compiled)
 
     def _run(self, key: tuple, function: Callable, *arguments):
-        """Calls one of the functions below; the first call of a key is where compilation takes its time."""
+        """Calls one of the functions below; the first call of a key is where compilation takes its time.
+
+        All of that call counts as compiling, the one step or prediction that it makes included.
+        """
         if not self.compiled or key in self._known:
             return function(*self._resolved(arguments))
         synchronize(self.device)

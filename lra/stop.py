@@ -1,11 +1,16 @@
 """Stopping a run between two steps, so that its checkpoint is whole."""
 
 import contextlib
+import logging
 import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
+
+from lra.errors import one_line
+
+log = logging.getLogger(__name__)
 
 
 class Stop(BaseException):
@@ -25,7 +30,8 @@ class StopRequest:
 def stop_requested() -> Iterator[StopRequest]:
     """Inside, SIGINT and SIGTERM only set `signal`; a second one of either ends the process as usual.
 
-    A signal that the process ignores stays ignored.
+    A signal that the process ignores stays ignored. An error that comes after a signal is raised as Stop: the
+    signal may have caused it, as Ctrl-C reaches the child processes that compile too.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -43,6 +49,11 @@ def stop_requested() -> Iterator[StopRequest]:
         signal.signal(number, ask)
     try:
         yield request
+    except Exception as error:
+        if request.signal is None:
+            raise
+        log.warning("after the signal to stop: %s", one_line(f"{type(error).__name__}: {error}"))
+        raise Stop(request.signal) from error
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

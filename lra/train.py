@@ -21,17 +21,13 @@ from lra.data.batch import Batches, Plan, decoding
 from lra.data.store import Store
 from lra.errors import UserError
 from lra.schedule import Schedule
-from lra.stop import Stop, StopRequest, stop_requested
+from lra.stop import Stop, stop_requested
 
 log = logging.getLogger(__name__)
 
 WARMUP_STEPS = 10  # untimed steps after a start: kernels load, allocators settle
-STEPS_BETWEEN_AGREEMENTS = 16  # of several processes, on whether to stop
-
-LAST, BEST = (
-    "checkpoint/last.pt",
-    "checkpoint/best.pt",
-)  # in a run's folder: all of the run; the chosen weights
+# In a run's folder: all of the run, and the chosen weights.
+LAST, BEST = "checkpoint/last.pt", "checkpoint/best.pt"
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -88,7 +84,7 @@ class Trainer:
         self.bench, self.step, self.model = bench, bench.step, bench.model
         self.mode = self.step.mode
         log.info(
-            "step: %s%s (%s); layout: %s; device: %s; data: %s%s",
+            "step: %s%s (%s); layout: %s; device: %s; data: %s%s%s",
             self.mode,
             ", compiled" if self.step.compiled and self.mode == "captured" else "",
             bench.why,
@@ -96,6 +92,7 @@ class Trainer:
             self.device,
             bench.where,
             "; goes on with the step of the run before" if bench.reused else "",
+            "".join(f", which {note}" for note in self.step.notes),
         )
         self.compiled_before = self.step.compile_s
         self.architecture = ArchitectureStep.of(self.step, config)
@@ -141,9 +138,10 @@ class Trainer:
         eval_every = self.config.eval_every
         checkpoint_every = train.checkpoint_every or eval_every
         segment = _Segment(self)
+        asked = parallel.Agreement(state.step)
         with stop_requested() as stop:
             while state.step < train.num_steps:
-                if self._asked_to_stop(stop):
+                if asked(stop.signal is not None, state.step):
                     segment.close()
                     self._save()
                     raise Stop(stop.signal or signal.SIGTERM)
@@ -172,14 +170,8 @@ class Trainer:
                     segment.close()
                     self._save()
                     segment = _Segment(self)
-            if self._asked_to_stop(stop):
+            if asked(stop.signal is not None, state.step, now=True):
                 raise Stop(stop.signal or signal.SIGTERM)
-
-    def _asked_to_stop(self, stop: StopRequest) -> bool:
-        """Whether this process, or another one of the run, got a signal; several agree every few steps."""
-        if self.world.size > 1 and self.state.step % STEPS_BETWEEN_AGREEMENTS:
-            return False
-        return parallel.any_process(stop.signal is not None)
 
     def _log(self) -> None:
         mean, bad = self.step.read()
@@ -240,7 +232,7 @@ class Trainer:
             flops = int(parallel.sum_(torch.tensor(flops)))
         found: dict[str, Any] = {"flops_per_step": flops}
         if self.device.type == "cpu":
-            found["peak_mem_mib"] = trial.cpu_peak_mib(batches, plans)
+            found["peak_mem_mib"] = parallel.largest(trial.cpu_peak_mib(batches, plans))
         return found
 
     def _finish(self) -> dict[str, Any]:
@@ -250,7 +242,8 @@ class Trainer:
         if self.device.type == "cuda":
             sources = {id(b.source): b.source for b in self.batches.values()}
             data_bytes = sum(source.device_bytes for source in sources.values())
-            peak = {"peak_mem_mib": cost.cuda_peak_mib(self.device, data_bytes, self.step)}
+            peak_mib = cost.cuda_peak_mib(self.device, data_bytes, self.step)
+            peak = {"peak_mem_mib": parallel.largest(peak_mib)}
         val_accuracy, best_step = state.best_accuracy, state.best_step
         if config.train.selection == "best_val":
             self.model.load_state_dict(checkpoint.load(self.folder / BEST, **self._owner())["model"])
@@ -377,9 +370,10 @@ class Trainer:
             self.architecture.load_state_dict(saved["architecture"])
         self.state = State(**saved["state"])
         self.schedule = Schedule(self.config.train, **self.state.schedule)
-        torch.set_rng_state(saved["cpu_random"][self.world.rank].cpu())
+        rank = self.world.rank  # a row's clone, as torch reads a view from its storage's beginning
+        torch.set_rng_state(saved["cpu_random"][rank].clone())
         if saved["gpu_random"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(saved["gpu_random"][self.world.rank].cpu(), self.device)
+            torch.cuda.set_rng_state(saved["gpu_random"][rank].clone(), self.device)
         if self.first:
             kept = metrics.read_text().splitlines(keepends=True) if metrics.is_file() else []
             metrics.write_text("".join(kept[: self.state.lines]))

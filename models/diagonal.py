@@ -164,8 +164,8 @@ def _states(
     carried = carried.split(batch_size, dim=1)
     for h, carry, end in zip(found, carried, from_end, strict=True):
         carry = carry.flip(-1) if end else carry  # [r b n]: the state that enters each chunk
-        reach = powers[:, 1:].flip(-1) if end else powers[:, 1:]
-        h.baddbmm_(carry.reshape(states, -1, 1), reach[:, None])
+        left = powers[:, 1:].flip(-1) if end else powers[:, 1:]  # of the carry at each position
+        h.baddbmm_(carry.reshape(states, -1, 1), left[:, None])
     return [h.view(states, batch_size, -1)[..., :length] for h in found]
 
 

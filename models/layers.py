@@ -108,8 +108,9 @@ def _moments_of_all(rows: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor
     def total(x: Tensor) -> Tensor:
         return x.sum(0) if weight is None else (x * weight).sum(0)
 
-    here = rows.new_full((1,), rows.shape[0]) if weight is None else weight.sum(0)
-    sums = _SumOfAll.apply(torch.cat([total(rows), here]))
+    # The count is a column of its own: Inductor would let the norms of a model share it, were it a sum beside
+    # the others, and the first of them adds it up over processes in place.
+    sums = _SumOfAll.apply(total(torch.cat([rows, torch.ones_like(rows[:, :1])], 1)))
     count = sums[-1].detach().clamp_min(1)
     mean = sums[:-1] / count
     return count, mean, _SumOfAll.apply(total((rows - mean).square())) / count

@@ -49,7 +49,9 @@ class LongRow:
         return _LayOut.apply(x, self.slot, self.num_places).unsqueeze(0)
 
     def take_back(self, x: Tensor) -> Tensor:
-        """[1 l ...] -> [t ...]; filler rows have some value of x, and no gradient."""
+        """[1 l ...] -> [t ...]; filler rows have some value of x, and what comes back for them reaches no
+        sequence.
+        """
         if self.same:
             return x.squeeze(0)
         return _TakeBack.apply(x.squeeze(0), self.slot)

@@ -113,7 +113,9 @@ def retention_packed(
     mixed = packed_directions(recurrence, (q, k, v), row, directions=directions, back_streams=back)
     if directions == "forward":
         return mixed
-    return mixed - itself(*((q, k, v) if back is None else back), scale=scale)
+    q, k, v = (q, k, v) if back is None else back
+    filler = ~row.where.real[:, None, None]
+    return mixed - itself(q, k.masked_fill(filler, 0), v.masked_fill(filler, 0), scale=scale)
 
 
 @register("retnet")

@@ -16,9 +16,7 @@ from models.common import at_least_fp32, full_precision
 # b batch, l length, h heads, n chunks, c positions of a chunk, d, e head dims (keys, values)
 
 CHUNK = 64  # positions
-
-
-LEVELS = 6  # of halving where lengths are bounded
+LEVELS = 6  # of halving, at most, where a reach bounds the steps: a row is padded to two times 2^LEVELS
 
 
 @dataclass(frozen=True)

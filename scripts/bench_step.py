@@ -11,12 +11,16 @@ path; each adds one thing to the rung before it:
   captured   the whole step in a CUDA graph
   packed     no padding computed
 
+On a CPU, which has no CUDA graphs, `captured` is unsupported and `packed` runs eagerly; every row says how it
+ran.
+
 usage: python scripts/bench_step.py [--tasks T,...] [--models M,...] [--rungs R,...] [-o FILE.jsonl]
        [--profile] [key=value ...]
        python scripts/bench_step.py --table FILE.jsonl ...
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -37,6 +41,7 @@ from lra.config import RunConfig, compose
 from lra.cost import MIB
 from lra.data.batch import decoding
 from lra.data.store import Store
+from lra.errors import UserError, one_line
 from lra.layout import Padded
 from lra.schedule import Schedule
 from lra.step import autocast
@@ -66,6 +71,8 @@ class Row:
     reason: str | None = None
     step_ms: float | None = None
     quartiles: list[float] | None = None
+    step_mode: str | None = None  # how it ran, whatever was asked for
+    compiled: bool | None = None
     compile_s: float | None = None
     peak_mib: float | None = None
     notes: list[str] = field(default_factory=list)
@@ -110,15 +117,24 @@ def collate(config: RunConfig) -> Callable:
 def plain_steps(config: RunConfig, store: Store, device: torch.device) -> Iterator[None]:
     """The loop that most PyTorch code has: one training step for each `next`."""
     train = config.train
+    for name in ("clip_value", "micro_batch"):
+        if (value := getattr(train, name)) is not None:
+            raise UserError(f"the plain loop has no train.{name}={value}; leave it or this rung away")
     model = build_model(config, vocab_size=store.vocab_size if config.task.input == "tokens" else None)
     model = model.to(device).train()
     optimizers = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
+    groups: dict[tuple[float, bool], list[Tensor]] = {}
+    for parameter in model.parameters():
+        tags = getattr(parameter, "lr_scale", 1.0), getattr(parameter, "no_weight_decay", False)
+        groups.setdefault(tags, []).append(parameter)
     optimizer = optimizers[train.optimizer](
-        model.parameters(),
+        [
+            {"params": tagged, "lr_scale": scale, "weight_decay": 0.0 if free else train.weight_decay}
+            for (scale, free), tagged in groups.items()
+        ],
         lr=train.lr,
         betas=tuple(train.betas),
         eps=train.eps,
-        weight_decay=train.weight_decay,
     )
     scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "fp16" and device.type == "cuda")
     schedule, step, losses = Schedule(train), 0, []
@@ -137,7 +153,7 @@ def plain_steps(config: RunConfig, store: Store, device: torch.device) -> Iterat
         for inputs, mask, labels in loader:
             inputs, mask, labels = (x.to(device, non_blocking=True) for x in (inputs, mask, labels))
             for group in optimizer.param_groups:
-                group["lr"] = schedule.lr(step)
+                group["lr"] = schedule.lr(step) * group["lr_scale"]
                 if (beta1 := schedule.beta1(step)) is not None:
                     group["betas"] = (beta1, train.betas[1])
             model.training_update(step)
@@ -180,16 +196,20 @@ def settings_of(rung: str, model: str, device: torch.device) -> list[str]:
     """The overrides that make a rung of the recipe."""
     mode = {"compiled": "compiled", "captured": "captured", "packed": "captured"}.get(rung, "eager")
     settings = [f"train.layout={'packed' if rung == 'packed' else 'padded'}"]
-    if device.type == "cuda":
-        settings.append(f"train.step_mode={mode}")
-        settings += ["train.compile=true"] if mode == "captured" else []
-    else:
-        settings.append("train.step_mode=eager")
+    if rung == "packed" and device.type == "cpu":
+        mode = "eager"
+    settings.append(f"train.step_mode={mode}")
+    settings += ["train.compile=true"] if mode == "captured" else []
     if rung == "plain":
         settings.append("train.precision=fp32")
     if model == "softmax":
         settings.append(f"model.kernel={'math' if rung in ('plain', 'precision') else 'fused'}")
     return settings
+
+
+def config_of(task: str, model: str, rung: str, paper: str, overrides: list[str]) -> RunConfig:
+    settings = settings_of(rung, model, environment.pick_device("auto"))
+    return compose([f"task={task}", f"model={model}", f"paper={paper}", *settings, *overrides])
 
 
 def measure(steps: Iterator[None], device: torch.device) -> tuple[float, list[float]]:
@@ -243,8 +263,7 @@ def bench(
 ) -> Row:
     """One rung of one cell; what fails is a result with a reason."""
     device = environment.pick_device("auto")
-    given = [f"task={task}", f"model={model}", f"paper={paper}", *settings_of(rung, model, device)]
-    config = compose([*given, *overrides])
+    config = config_of(task, model, rung, paper, overrides)
     row = Row(task, model, rung, config.train.precision, config.batch_size, list(overrides))
     try:
         store = run.prepared(config)
@@ -255,21 +274,26 @@ def bench(
         with row_products.kernels(rung not in ("plain", "precision")):
             if rung in ("plain", "precision", "kernel"):
                 steps = plain_steps(config, store, device)
+                row.step_mode, row.compiled = "eager", False
                 row.step_ms, row.quartiles = measure(steps, device)
                 peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
                 row.peak_mib = peak and peak / MIB
             else:
                 steps, trainer = our_steps(config, store, folder)
                 row.step_ms, row.quartiles = measure(steps, device)
-                row.compile_s, row.notes = trainer.step.compile_s, trainer.step.notes
+                step = trainer.step
+                row.step_mode, row.compiled, row.notes = step.mode, step.compiled, step.notes
+                row.compile_s = step.compile_s
                 if device.type == "cuda":
-                    peak = max(torch.cuda.max_memory_allocated(), trainer.step.peak_bytes or 0)
+                    peak = max(torch.cuda.max_memory_allocated(), step.peak_bytes or 0)
                     row.peak_mib = peak / MIB
             if profiles and device.type == "cuda":
                 profile(steps, row, profiles)
+    except UserError as error:
+        row.status, row.reason = "unsupported", one_line(error)
     except Exception as error:
         row.status = "oom" if environment.out_of_memory(error) else "failed"
-        row.reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        row.reason = one_line(f"{type(error).__name__}: {error}")
     workbench.clear()
     run.release_memory()
     row.environment = {
@@ -334,9 +358,18 @@ def main() -> int:
     if wrong := set(args.rungs) - set(RUNGS):
         parser.error(f"unknown rungs {', '.join(sorted(wrong))}; there are {', '.join(RUNGS)}")
     if args.table:
-        lines = [line for path in args.table for line in path.read_text().splitlines()]
-        print(table([Row(**json.loads(line)) for line in lines]))
+        try:
+            lines = [line for path in args.table for line in path.read_text().splitlines()]
+            rows = [Row(**json.loads(line)) for line in lines]
+        except (OSError, ValueError, TypeError) as error:
+            parser.error(f"cannot read the rows of a table: {error}")
+        print(table(rows))
         return 0
+    try:  # before the first is measured
+        for cell in itertools.product(args.tasks, args.models, args.rungs):
+            config_of(*cell, args.paper, args.overrides)
+    except UserError as error:
+        parser.error(str(error))
     rows, started, left_out = [], time.perf_counter(), 0
     folder = Path(args.output or "bench_step").with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)

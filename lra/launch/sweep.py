@@ -14,7 +14,7 @@ from rich.console import Console
 
 from lra import environment, parallel, run
 from lra.config import RunConfig, compose, expand
-from lra.errors import UserError
+from lra.errors import Agreed, UserError
 from lra.launch.display import Display
 from lra.launch.local import Job, run_all, visible_gpus
 from lra.records import Record
@@ -30,7 +30,7 @@ def train(overrides: Sequence[str], *, multirun: bool = False, force: bool = Fal
     configs = [compose(one) for one in expand(overrides)] if multirun else [compose(overrides)]
     if parallel.launched():
         if multirun:
-            raise UserError("torchrun starts one run over several processes; start a sweep without it")
+            raise Agreed("torchrun starts one run over several processes; start a sweep without it")
         parallel.start(configs[0].train.device)
     checked = set()
     for config in configs:

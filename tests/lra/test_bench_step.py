@@ -46,9 +46,13 @@ def test_every_rung_that_a_cpu_has_is_measured_and_written(bench_step, tmp_path,
     assert f"{rows[0]['step_ms'] / rows[2]['step_ms']:.1f} |" in printed
 
 
-def test_the_plain_loop_and_ours_train_the_same_model_on_the_same_rows(bench_step, tmp_path, monkeypatch):
-    """Fed the same batches without dropout, both end at the same weights."""
-    settings = [*SMALL, *SIZES, "task=listops", "model=linear", "paper=nystromformer2021", "model.dropout=0"]
+@pytest.mark.parametrize("model", ["linear", "s4d"])
+def test_the_plain_loop_and_ours_train_the_same_model_on_the_same_rows(
+    bench_step, tmp_path, monkeypatch, model
+):
+    """Fed the same batches without dropout, both end at the same weights; s4d's are tagged with rates."""
+    settings = [*SMALL, *SIZES, "task=listops", f"model={model}", "paper=nystromformer2021"]
+    settings += ["model.dropout=0", "train.layout=padded"]
     config = compose(settings)
     store = run.prepared(config)
     torch.manual_seed(0)
@@ -75,11 +79,21 @@ def test_the_plain_loop_and_ours_train_the_same_model_on_the_same_rows(bench_ste
         torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-6)
 
 
-def test_what_is_asked_for_wrongly_is_said(bench_step, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["bench_step.py", "--rungs", "plain,fast"])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--rungs", "plain,fast"], "unknown rungs fast; there are plain"),
+        (["--tasks", "listop", "--rungs", "plain"], "unknown task 'listop'; did you mean 'listops'"),
+        (["--models", "linear", "--rungs", "plain", "model.depth=3"], "unknown setting 'model.depth'"),
+        (["--table", "/no/such.jsonl"], "cannot read the rows of a table"),
+        (["--table", __file__], "cannot read the rows of a table"),
+    ],
+)
+def test_what_is_asked_for_wrongly_is_said(bench_step, monkeypatch, capsys, given, message):
+    monkeypatch.setattr(sys, "argv", ["bench_step.py", *given])
     with pytest.raises(SystemExit) as stop:
         bench_step.main()
-    assert stop.value.code == 2 and "unknown rungs fast; there are plain" in capsys.readouterr().err
+    assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_a_rung_that_fails_is_a_row_with_a_reason(bench_step, tmp_path, monkeypatch):
@@ -87,3 +101,25 @@ def test_a_rung_that_fails_is_a_row_with_a_reason(bench_step, tmp_path, monkeypa
     row = bench_step.bench("listops", "linear", "packed", "nystromformer2021", [*SMALL, *SIZES], tmp_path)
     assert (row.status, row.step_ms) == ("failed", None) and "ZeroDivisionError" in row.reason
     assert "| failed |" in bench_step.table([row])
+
+
+def test_a_row_says_how_it_ran_and_what_a_cpu_has_not(bench_step, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_step, "measure", lambda *_: (1.0, [1.0, 1.0]))
+    rows = [
+        bench_step.bench("listops", "linear", rung, "nystromformer2021", [*SMALL, *SIZES], tmp_path)
+        for rung in ("kernel", "compiled", "captured", "packed")
+    ]
+    assert [(row.status, row.step_mode, row.compiled) for row in rows] == [
+        ("ok", "eager", False),
+        ("ok", "compiled", True),
+        ("unsupported", None, None),
+        ("ok", "eager", False),
+    ]
+    assert "CUDA graphs need a GPU" in rows[2].reason
+
+
+@pytest.mark.parametrize("setting", ["train.clip_value=0.1", "train.micro_batch=4"])
+def test_the_plain_loop_refuses_what_it_does_not_apply(bench_step, tmp_path, setting):
+    given = [*SMALL, *SIZES, setting]
+    row = bench_step.bench("listops", "linear", "plain", "nystromformer2021", given, tmp_path)
+    assert row.status == "unsupported" and setting in row.reason

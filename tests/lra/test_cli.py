@@ -40,6 +40,7 @@ BAD = [
     ["train", "listops"],
     ["train", "--fast"],
     ["train", "seed=0,1"],
+    ["measure", "length=many", "tokens=64"],
     ["train", "length=7"],
     ["train", "train.device=cuda:99"],
     ["train", "task=text", "task.source=/no/such/folder"],
@@ -131,6 +132,9 @@ def test_measure_needs_no_data_and_is_read_again_the_second_time(tmp_path, monke
     assert "identity" in out and "infer" in out
     made = {path: path.stat().st_mtime_ns for path in (records.runs_root() / "measure").rglob("record.json")}
     assert len(made) == 4 and not (tmp_path / "nothing").exists()
+    for record in (records.read(path.parent) for path in made):
+        method = record.extra["peak_mem_method"]
+        assert ("gradients" in method) == (record.extra["mode"] == "train") != ("forward pass" in method)
     assert main(argv) == 0
     assert made == {path: path.stat().st_mtime_ns for path in made}
 
@@ -182,3 +186,5 @@ def test_tokens_fix_the_batch_by_the_length():
 
     found = {config.length: config.batch_size for config, _ in cells(["length=64,1024", "tokens=2048"])}
     assert found == {64: 32, 1024: 2}
+    ((config, _),) = cells(["length=64", "tokens=4096", "train.micro_batch=48"])
+    assert (config.batch_size, config.train.micro_batch) == (64, 48), "the default batch has 32 rows"

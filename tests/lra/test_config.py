@@ -105,6 +105,7 @@ REFUSED = [
     (["model.head_widths=[0]"], "empty layer"),
     (["model.pool=cls", "model.cls_layer=2"], "-1 is the last"),
     (["model.cls_layer=-1"], "would change nothing"),
+    (["batch_size=8", "train.micro_batch=9"], "a batch has 8 rows"),
     (["train.cycle_steps=10"], "would change nothing"),
     (["task.padded_length=16"], "shorter than length"),
 ]

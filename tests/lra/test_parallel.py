@@ -1,88 +1,30 @@
-"""Two real processes, started once, do every collective; what they found is compared with one process."""
+"""What several processes do together is what one does alone: two real ones, started once, try it."""
 
+import json
 import os
-import socket
-from collections.abc import Callable
+import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from small_tasks import MODEL, listops
 from torch import nn
+from two_processes import EXACT, Kept, join, normalise, two
 
-import models
-from lra import parallel
-from lra.errors import UserError
+from lra import environment, parallel, records, run
+from lra.config import RunConfig, compose
+from lra.errors import Agreed, UserError
 from lra.parallel import World
-from models.common import Place
-from models.layers import BatchNorm
+from lra.step import Step
+from lra.stop import Stop
+from lra.train import Trainer
 
-ROWS, LENGTH, WIDTH = 5, 3, 4  # an odd batch: three rows here, two there
-EXACT = {"rtol": 0, "atol": 1e-12}
-
-
-def batch():
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(ROWS, LENGTH, WIDTH, generator=generator, dtype=torch.float64) * 3 + 2
-    real = torch.rand(ROWS, LENGTH, generator=generator) < 0.7
-    return x, real, torch.randn(ROWS, LENGTH, WIDTH, generator=generator, dtype=torch.float64)
-
-
-def normalise(
-    where: World, stats: str, backend: Callable | None = None, *, device: str = "cpu", captured: bool = False
-) -> dict[str, torch.Tensor]:
-    """Two training steps' worth of batch norm on this process's rows, and the gradients of the mean loss."""
-    rows = torch.from_numpy(parallel.share(np.arange(ROWS), where))
-    x, real, target = (part[rows].to(device) for part in batch())
-    norm = BatchNorm(WIDTH, stats=stats).double().to(device)
-    apply = norm if backend is None else torch.compile(norm, backend=backend, fullgraph=True)
-    x.requires_grad_()
-    inputs = {"x": x, **dict(norm.named_parameters())}
-
-    def step() -> dict[str, torch.Tensor]:
-        out = apply(x, real)
-        loss = (out.sin() * target).sum((1, 2)).mean() * (len(rows) / ROWS)
-        gradients = dict(zip(inputs, torch.autograd.grad(loss, list(inputs.values())), strict=True))
-        summed = {name: parallel.sum_(gradients[name].clone()) for name in ("weight", "bias")}
-        return {"out": out.detach(), "loss": parallel.sum_(loss.detach().clone()), **gradients, **summed}
-
-    if captured:
-        step = replayed(step, list(norm.buffers()))
-    for _ in range(2):
-        found = step()
-    counts = [len(part) for part in parallel.shares(np.arange(ROWS), where)]
-    found |= {name: parallel.gather_rows(found[name], counts) for name in ("out", "x")}
-    return {name: value.cpu() for name, value in (found | dict(norm.named_buffers())).items()}
-
-
-def replayed(step: Callable, buffers: list[torch.Tensor]) -> Callable:
-    """The step from a CUDA graph; what it does before leaves buffers as they were."""
-    before, graph, aside = [b.clone() for b in buffers], torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        step()
-        step()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
-        result = step()
-    for buffer, value in zip(buffers, before, strict=True):
-        buffer.copy_(value)
-
-    def replay() -> dict[str, torch.Tensor]:
-        graph.replay()
-        return dict(result)
-
-    return replay
-
-
-class Kept(nn.Module):
-    """A buffer that the batch writes."""
-
-    def __init__(self, value: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(2))
-        self.register_buffer("average", torch.tensor(value))
+# 15 rows are 8 and 7; 7 steps between two lines leave some in the meter when a run stops.
+RUN = [*listops(Path()), *MODEL, "batch_size=15", "train.device=cpu"]
+RUN += ["train.num_steps=20", "train.eval_every=10", "train.log_every=7", "train.lr=1e-2"]
+DROPPING = [*RUN, "model.dropout=0.2"]
 
 
 def refusal(model: nn.Module) -> str:
@@ -93,22 +35,78 @@ def refusal(model: nn.Module) -> str:
     return ""
 
 
-def join(rank: int, port: int, device: str) -> World:
-    """What torchrun would tell this process, and what becomes of it."""
-    told = {
-        "RANK": rank,
-        "WORLD_SIZE": 2,
-        "LOCAL_RANK": rank,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
-    os.environ.update({name: str(value) for name, value in told.items()})
-    torch.set_num_threads(1)
-    return parallel.start(device)
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def in_folder(config: RunConfig) -> Path:
+    return run.folder_of(config, run.prepared(config))
+
+
+def learned(rank: int) -> dict:
+    """A run from its config to its record, tried again when done and where another process is in the way.
+
+    Weights of the second process begin as others, which only a broadcast makes those of the first.
+    """
+    seed, predict, config = environment.seed_everything, Step.predict, compose(RUN)
+    environment.seed_everything = lambda number: seed(number + rank)
+    scored = []
+    Step.predict = lambda step, batches, plan: scored.append(len(plan.rows)) or predict(step, batches, plan)
+    record = run.execute(config)
+    environment.seed_everything, Step.predict = seed, predict
+    if rank:
+        run.done = None  # the first alone looks
+    found = {"record": record, "scored": sum(scored), "again": run.execute(config)}
+    config = compose([*RUN, "seed=1"])
+    busy = records.lock(in_folder(config)) if rank == 0 else None
+    if busy:
+        busy.__enter__()
+    try:
+        run.execute(config)
+    except UserError as error:
+        found["busy"] = (isinstance(error, Agreed), "in use" in str(error))
+    if busy:
+        busy.__exit__(None, None, None)
+    return found
+
+
+def resumed(rank: int, folder: Path) -> dict:
+    """A run left alone, and one that goes on after the second process got a signal."""
+    config, found = compose(DROPPING), {}
+    store = run.prepared(config)
+
+    def trainer(name: str) -> Trainer:
+        (folder / name).mkdir(exist_ok=True)
+        made = Trainer(config, store, folder / name)
+        made._measure_cost = dict
+        return made
+
+    whole = trainer("whole")
+    found["random"] = torch.get_rng_state()
+    whole.run()
+    broken = trainer("broken")
+    update = broken.model.training_update
+
+    def stop_at_3(step: int) -> None:
+        if step == 3 and rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        update(step)
+
+    broken.model.training_update = stop_at_3
+    try:
+        broken.run()
+    except Stop as stop:
+        found["stopped"] = (stop.exit_status, broken.state.step)
+    again = trainer("broken")
+    again.run()
+    pairs = zip(whole.model.state_dict().values(), again.model.state_dict().values(), strict=True)
+    return found | {"same": all(torch.equal(a, b) for a, b in pairs)}
 
 
 def work(rank: int, port: int, folder: str) -> None:
     here = join(rank, port, "cpu")
+    os.environ["LRA_RUNS"] = f"{folder}/runs"
+    torch.manual_seed(7)
     tensors = [torch.full((2, 3), rank + 1.0), torch.tensor(rank == 0), torch.full((2,), 1j * (rank + 1))]
     parallel.broadcast_(tensors)
     parallel.seed_apart(7)
@@ -126,6 +124,10 @@ def work(rank: int, port: int, folder: str) -> None:
         "unequal": refusal(Kept(float(rank))),
         "real": normalise(here, "real"),
         "all": normalise(here, "all"),
+        "largest": parallel.largest(rank + 0.5),
+        "of_first": parallel.of_first(lambda: f"said by {rank}"),
+        "learned": learned(rank),
+        "resumed": resumed(rank, Path(folder)),
     }
     parallel.barrier()
     from torch.distributed.nn.functional import all_reduce  # here: as late as compiling would
@@ -135,34 +137,25 @@ def work(rank: int, port: int, folder: str) -> None:
     torch.save({**found, "ended": (status, parallel.world())}, f"{folder}/{rank}.pt")
 
 
-def work_on_gpu(rank: int, port: int, folder: str) -> None:
-    here = join(rank, port, "auto")
-    model = Kept(float(rank)).cuda()
-    parallel.broadcast_([model.average])
-    parallel.check_equal(model)
-    found = {
-        "device": torch.cuda.current_device(),
-        "any": [parallel.any_process(rank == 1), parallel.any_process(False)],
-        "eager": normalise(here, "real", device="cuda"),
-        "captured": normalise(here, "real", device="cuda", captured=True),
-    }
-    torch.save(found, f"{folder}/{rank}.pt")
-    parallel.barrier()
-    parallel.end(0)
-
-
-def two(function: Callable, folder: str) -> list[dict]:
-    """What each of two processes found."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(function, args=(port, str(folder)), nprocs=2)
-    return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(2)]
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("parallel")
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    return two(work, tmp_path_factory.mktemp("parallel"))
+def alone(folder, data_folder):
+    """The record of the run on one process, and its folder; it also makes the data."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LRA_DATA", str(data_folder))
+        patch.setenv("LRA_RUNS", str(folder / "alone"))
+        return run.execute(compose(RUN)), in_folder(compose(RUN))
+
+
+@pytest.fixture(scope="module")
+def found(folder, alone, data_folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LRA_DATA", str(data_folder))
+        return two(work, folder)
 
 
 def test_each_process_knows_its_place_and_joins_once(found):
@@ -183,6 +176,40 @@ def test_sums_gathered_rows_and_questions_are_answered_alike_on_all(found):
         assert one["gathered"].flatten().tolist() == [0, 1, 2, 10, 11]
         assert one["nothing"].tolist() == [0]
         assert one["any"] == [True, False]
+        assert one["largest"] == 1.5 and one["of_first"] == "said by 0"
+
+
+def test_a_run_of_two_processes_is_that_of_one(found, alone, folder):
+    expected, before = alone
+    record = records.read(folder / "runs" / expected.run_id)
+    assert record.num_devices == 2 and record.status == "ok" and record.run_id == expected.run_id
+    for field in ("test_accuracy", "val_accuracy", "best_step", "num_params", "num_test"):
+        assert getattr(record, field) == getattr(expected, field), field
+    there = lines(folder / "runs" / expected.run_id)
+    assert [line.keys() for line in there] == [line.keys() for line in lines(before)]
+    for line, other in zip(there, lines(before), strict=True):
+        assert line == pytest.approx(other, rel=1e-6)  # float32 sums in another order
+    predicted = [records.load_predictions(path) for path in (before, folder / "runs" / expected.run_id)]
+    assert np.array_equal(*predicted)
+
+
+def test_each_process_scores_its_half_and_all_know_the_result(found):
+    """Two evaluations of 100 rows and one of 150."""
+    assert [one["learned"]["scored"] for one in found] == [175, 175]
+    first, second = (one["learned"]["record"] for one in found)
+    assert first.test_accuracy == second.test_accuracy and first.peak_mem_mib == second.peak_mem_mib
+    assert [one["learned"]["again"] for one in found] == [first, first]
+
+
+def test_a_folder_in_use_is_refused_on_all_and_told_by_the_first(found):
+    assert [one["learned"]["busy"] for one in found] == [(False, True), (True, True)]
+
+
+def test_a_signal_to_one_process_stops_all_and_the_resumed_run_equals_the_unbroken(found, folder):
+    for one in found:
+        status, step = one["resumed"]["stopped"]
+        assert status == 143 and 3 < step < 20 and one["resumed"]["same"]
+    assert lines(folder / "whole") == lines(folder / "broken")
 
 
 def test_a_broadcast_makes_tensors_of_any_dtype_those_of_the_first(found):
@@ -191,8 +218,11 @@ def test_a_broadcast_makes_tensors_of_any_dtype_those_of_the_first(found):
         assert (number == 1).all() and flag.item() and imaginary.tolist() == [1j, 1j]
 
 
-def test_processes_drop_different_numbers(found):
-    assert not torch.equal(found[0]["dropped"], found[1]["dropped"])
+def test_processes_seeded_alike_drop_different_numbers(found):
+    first, second = (one["resumed"]["random"] for one in found)
+    assert not torch.equal(first, second)
+    expected = torch.rand(4, generator=torch.Generator().manual_seed(7))
+    assert torch.equal(found[0]["dropped"], expected) and not torch.equal(found[1]["dropped"], expected)
 
 
 def test_a_buffer_that_differs_between_processes_is_named_on_all_of_them(found):
@@ -209,125 +239,29 @@ def test_batch_norm_of_two_processes_is_that_of_one_on_the_whole_batch(found, st
         assert torch.equal(found[0][stats][name], found[1][stats][name])
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_two_gpus_normalise_as_one_process_does_and_from_a_cuda_graph_too(tmp_path):
-    whole = normalise(World(0, 1, 0), "real")
-    for rank, one in enumerate(two(work_on_gpu, tmp_path)):
-        assert one["device"] == rank and one["any"] == [True, False]
-        torch.testing.assert_close(one["eager"], whole, **EXACT)
-        torch.testing.assert_close(one["captured"], whole, **EXACT)
+def work_failing(rank: int, port: int, folder: str) -> None:
+    join(rank, port, "cpu")
+    os.environ["LRA_RUNS"] = f"{folder}/runs"
+    train, failing = Step.train, int(Path(folder).name)
+
+    def fail(step: Step, batches, plans, **rates) -> None:
+        if rank == failing and step._steps == 3:
+            raise torch.OutOfMemoryError("no more")
+        train(step, batches, plans, **rates)
+
+    Step.train = fail
+    record = run.execute(compose(RUN))
+    torch.save(record, f"{folder}/{rank}.pt")
+    os._exit(0)  # as parallel.end, but for the status, which would have the other killed
 
 
-@pytest.mark.parametrize("size", (1, 2))
-def test_batch_norm_is_traced_as_one_graph_whatever_the_number_of_processes(size):
-    """The others are made up: sums are those of this process."""
-    from torch._dynamo.backends.debugging import aot_eager
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph.print_readable(print_output=False))
-        return aot_eager(graph, inputs)
-
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
-    try:
-        here = parallel.world()
-        torch.testing.assert_close(normalise(here, "real", backend), normalise(here, "real"), **EXACT)
-    finally:
-        parallel.stop()
-    assert ["all_reduce" in graph for graph in graphs] == [size > 1]
-
-
-@pytest.mark.parametrize("size", (1, 2, 3, 4))
-def test_shares_are_in_order_and_of_almost_one_size(size):
-    rows = np.arange(10)[::-1]
-    parts = [parallel.share(rows, World(rank, size, rank)) for rank in range(size)]
-    assert np.concatenate(parts).tolist() == rows.tolist()
-    lengths = [len(part) for part in parts]
-    assert max(lengths) - min(lengths) <= 1 and lengths == sorted(lengths, reverse=True)
-
-
-def test_a_process_without_rows_is_refused():
-    two, three = World(0, 2, 0), World(0, 3, 0)
-    parallel.check_batch(3, None, three)
-    parallel.check_batch(7, 4, three)
-    parallel.check_batch(3, 8, three)
-    parallel.check_batch(1, 1, World(0, 1, 0))
-    with pytest.raises(UserError, match="batch_size=2 is too small for 3"):
-        parallel.check_batch(2, None, three)
-    with pytest.raises(UserError, match="micro_batch=4, the last of 1 rows"):
-        parallel.check_batch(9, 4, two)
-
-
-def launched(monkeypatch, **more):
-    told = {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "x"}
-    for name, value in {**told, "MASTER_PORT": 1, **more}.items():
-        monkeypatch.setenv(name, str(value))
-
-
-def test_without_torchrun_or_with_one_process_nothing_is_started(monkeypatch):
-    assert parallel.start("cpu") == World(0, 1, 0)
-    launched(monkeypatch, RANK=0, WORLD_SIZE=1, LOCAL_RANK=0)
-    assert parallel.start("cpu") == World(0, 1, 0) and not dist.is_initialized()
-
-
-def test_more_processes_than_gpus_are_refused_on_all_of_them(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    for rank in (0, 1):
-        launched(monkeypatch, LOCAL_RANK=rank)
-        with pytest.raises(UserError, match="2 processes on this machine, which has 1 GPUs"):
-            parallel.start("auto")
-
-
-def test_a_gpu_by_number_is_refused(monkeypatch):
-    launched(monkeypatch)
-    with pytest.raises(UserError, match="train.device=cuda:1"):
-        parallel.start("cuda:1")
-
-
-def test_alone_everything_is_as_it_was():
-    x = torch.arange(4)
-    parallel.broadcast_([x])
-    parallel.barrier()
-    assert parallel.end(2) == 2
-    parallel.check_equal(Kept(1.0))
-    before = torch.get_rng_state()
-    parallel.seed_apart(3)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert parallel.sum_(x) is x and parallel.gather_rows(x, [4]) is x
-    assert parallel.any_process(True) and not parallel.any_process(False)
-
-
-def build(name, **own):
-    return models.build(name, Place(d_model=16, num_heads=2, max_len=64), **own)
-
-
-def refused(model) -> str:
-    parallel.check_mechanism(model, World(0, 1, 0))
-    try:
-        parallel.check_mechanism(nn.ModuleList([model]), World(0, 2, 0))
-    except UserError as error:
-        return str(error)
-    return ""
-
-
-def test_by_default_only_routing_and_search_need_one_process():
-    assert [name for name in models.names() if refused(build(name))] == ["routing", "search"]
-
-
-@pytest.mark.parametrize(
-    ("name", "own", "why"),
-    (
-        ("routing", {}, "a loss of its own"),
-        ("search", {}, "validation batches"),
-        ("hybrid", {"layers": ["routing"]}, "a loss of its own"),
-        ("performer", {"coupled_stabiliser": True}, "one maximum over the batch"),
-        ("nystrom", {"num_landmarks": 8, "coupled_start": True}, "largest norm in the batch"),
-        ("skyformer", {"coupled_start": True}, "largest norm in the batch"),
-    ),
-)
-def test_a_mechanism_that_couples_rows_is_refused_with_its_reason(name, own, why):
-    assert why in refused(build(name, **own))
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", (0, 1))
+def test_a_process_that_fails_keeps_its_reason_and_the_others_end_too(failing, tmp_path):
+    ended = two(work_failing, tmp_path / str(failing))
+    assert (ended[failing].status, ended[failing].reason) == ("oom", "no more")
+    other = ended[1 - failing]
+    assert (other.status, other.reason) == ("failed", "another process of this run failed")
+    (folder,) = (tmp_path / str(failing) / "runs").iterdir()
+    written = records.read(folder)
+    assert (written.status, written.reason) == (ended[0].status, ended[0].reason)

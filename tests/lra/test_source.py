@@ -121,6 +121,17 @@ def test_a_gpu_keeps_what_takes_at_most_four_tenths_of_its_free_memory(monkeypat
     assert ("streamed" in why) == (expected == "stream")
 
 
+def test_the_window_of_a_run_holds_its_largest_evaluation_batch(tiny, tmp_path):
+    settings = tiny("train.eval_batch_size=150", "train.device=cpu", "model=identity")
+
+    def scored(how: str) -> list[int]:
+        config = compose([*settings, f"train.data={how}"])
+        made = Trainer(config, run.prepared(config), tmp_path)
+        return made.evaluate("test")[2].tolist()
+
+    assert scored("stream") == scored("auto")
+
+
 def test_a_streamed_run_has_the_numbers_of_any_other(tiny, monkeypatch):
     monkeypatch.setattr(Trainer, "_measure_cost", lambda self: {})  # by a profiler, for a second
     settings = tiny("train.num_steps=6", "train.eval_every=3", "train.log_every=1")

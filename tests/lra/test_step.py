@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lra import run
 from lra.assembly import choose_step
 from lra.cli import main
 from lra.config import RunConfig, compose
@@ -231,6 +232,49 @@ def test_a_run_resumed_inside_an_epoch_goes_on_with_its_very_batches_and_bits(
     assert torch.equal(whole.step.optimizer.weights, resumed.step.optimizer.weights)
     for name, tensor in whole.step.optimizer.state().items():
         assert torch.equal(tensor, resumed.step.optimizer.state()[name]), name
+
+
+def after_steps(overrides, folder, *, steps: int) -> dict[str, Tensor]:
+    """The loss, the gradients of the last step, weights and buffers."""
+    made = trainer(overrides, folder)
+    for index in range(steps):
+        made.model.training_update(index)
+        step(made, index)
+    found = {"loss": torch.tensor(made.step.read()[0]), "gradients": made.step.optimizer.gradients}
+    return found | dict(made.model.named_buffers())
+
+
+@pytest.mark.parametrize(
+    "more", [["model=linear", "model.norm=batch", "train.micro_batch=6"], ["model=routing"]]
+)
+def test_layers_that_run_again_in_the_backward_pass_train_as_those_that_do_not(tiny, tmp_path, more):
+    """What they keep, as running statistics and centroids, moves once a step."""
+    settings = tiny(*more, "model.dropout=0.1", "model.num_layers=2")
+    plain = after_steps(settings, tmp_path / "plain", steps=3)
+    again = after_steps([*settings, "train.activation_checkpointing=true"], tmp_path / "again", steps=3)
+    for name, x in plain.items():
+        torch.testing.assert_close(again[name], x, msg=name)
+    moved = [name for name in plain if "running" in name or "centroids" in name]
+    assert moved and any((plain[name] != 0).any() for name in moved)
+
+
+@pytest.mark.slow
+def test_compiled_layers_that_run_again_keep_the_statistics_of_eager_ones(tiny, tmp_path):
+    settings = tiny("model=linear", "model.norm=batch", "train.activation_checkpointing=true")
+    eager, compiled = (
+        after_steps([*settings, f"train.step_mode={mode}"], tmp_path / mode, steps=1)
+        for mode in ("eager", "compiled")
+    )
+    for name, x in eager.items():
+        torch.testing.assert_close(compiled[name], x, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_loss_beside_the_output_cannot_be_compiled_in_layers_that_run_again(tiny):
+    settings = tiny("train.activation_checkpointing=true", "train.device=cpu")
+    with pytest.raises(UserError, match="routing keeps a loss of its own beside its output"):
+        run.check(compose([*settings, "model=routing", "train.step_mode=compiled"]))
+    run.check(compose([*settings, "model=routing"]))
+    run.check(compose([*settings, "model=linear", "train.step_mode=compiled"]))
 
 
 @pytest.mark.slow

@@ -132,6 +132,11 @@ def test_a_checkpoint_of_another_config_is_refused(tiny, tmp_path):
     first._save()
     with pytest.raises(UserError, match="belongs to another config"):
         trainer(tiny("train.lr=0.5"), tmp_path / "run").run()
+    saved = torch.load(tmp_path / "run/checkpoint/last.pt")
+    del saved["format"], saved["step"]  # as an older one has neither
+    torch.save(saved, tmp_path / "run/checkpoint/last.pt")
+    with pytest.raises(UserError, match="another version of lra; delete it, or add --force"):
+        trainer(tiny(), tmp_path / "run").run()
     (tmp_path / "run" / "checkpoint" / "last.pt").write_bytes(b"half a file")
     with pytest.raises(UserError, match="cannot be read"):
         trainer(tiny(), tmp_path / "run").run()
@@ -141,6 +146,7 @@ def test_a_loss_that_is_not_a_number_ends_the_run_as_diverged(tiny):
     settings = tiny("train.lr=1e30", "train.schedule=constant", "train.log_every=1")
     record = run.execute(compose(settings))
     assert record.status == "diverged" and "step" in record.reason
+    assert says_how(record)
     assert lines(records.runs_root() / record.run_id), "what was logged before stays"
     assert run.execute(compose(settings)) == record, "it would only diverge again, so it is not run again"
 
@@ -150,13 +156,39 @@ def test_running_out_of_memory_is_a_result(tiny, monkeypatch):
         Trainer, "_loop", lambda self: (_ for _ in ()).throw(torch.OutOfMemoryError("no more"))
     )
     record = run.execute(compose(tiny()))
-    assert record.status == "oom" and record.reason == "no more"
+    assert record.status == "oom" and record.reason == "no more" and says_how(record)
+
+
+def says_how(record) -> bool:
+    """Whether a record tells how its steps ran."""
+    told = record.step_mode, record.compile_s, record.extra["compiled"], record.extra["step_reason"]
+    return told == ("eager", 0.0, False, "CUDA graphs need a GPU")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_error_that_a_signal_brought_about_is_a_stop(tiny, tmp_path, number):
+    """Ctrl-C ends the child processes that compile too, and what waits for them fails."""
+    made = trainer(tiny(), tmp_path / "run")
+
+    def fail(step: int) -> None:
+        os.kill(os.getpid(), number)
+        raise RuntimeError("the compiler is gone")
+
+    made.model.training_update = fail
+    with pytest.raises(Stop) as stopped:
+        made._loop()
+    assert stopped.value.exit_status == 128 + number and "is gone" in str(stopped.value.__cause__)
 
 
 def test_an_error_in_a_run_is_recorded_with_its_traceback_in_the_log(tiny, monkeypatch):
-    monkeypatch.setattr(Trainer, "_loop", lambda self: 1 / 0)
+    def fail(self) -> None:
+        raise ArithmeticError("\n".join(["it began", *["and so on"] * 100, "the cause"]))
+
+    monkeypatch.setattr(Trainer, "_loop", fail)
     record = run.execute(compose(tiny()))
-    assert record.status == "failed" and "ZeroDivisionError" in record.reason
+    assert record.status == "failed" and says_how(record)
+    assert record.reason.startswith("ArithmeticError: it began and so on") and len(record.reason) < 500
+    assert record.reason.endswith("and so on the cause") and "\n" not in record.reason
     assert "Traceback" in (records.runs_root() / record.run_id / "log.txt").read_text()
     monkeypatch.undo()
 

@@ -177,3 +177,25 @@ def test_the_first_ten_steps_of_a_run_are_not_timed(tiny, tmp_path, eval_every):
     assert made.state.timed_steps == 15
     assert made.state.timed_tokens == sum(batches.train(step)[0].num_tokens for step in range(10, 25))
     assert found["step_ms"] == pytest.approx(found["train_s"] / 15 * 1e3)
+
+
+def test_seconds_of_compiling_count_neither_as_training_nor_as_evaluation(tiny, tmp_path, monkeypatch):
+    made = trainer(tiny(), tmp_path / "run")
+
+    def compiling(name: str) -> None:
+        call = getattr(made.step, name)
+
+        def slow(*arguments, **rates):
+            made.step.compile_s += 1000.0  # said to have passed, so it must be taken off
+            return call(*arguments, **rates)
+
+        monkeypatch.setattr(made.step, name, slow)
+
+    compiling("train")
+    made._loop()
+    assert made.state.train_s == pytest.approx(-10_000, abs=100) and made.state.eval_s > 0
+    compiling("predict")
+    made.state.eval_s = 0.0
+    made.evaluate("val")  # 7 batches
+    assert made.state.eval_s == pytest.approx(-7000, abs=100)
+    assert made.how()["compile_s"] == 27_000

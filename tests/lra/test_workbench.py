@@ -2,7 +2,10 @@
 
 import gc
 import json
+import logging
+import sys
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ from lra.backbone import Backbone
 from lra.config import compose
 from lra.data.prepare import prepare
 from lra.schema import BackboneConfig, ModelConfig
-from lra.train import Trainer
+from lra.train import Diverged, Trainer
 from lra.workbench import adopt
 from models.common import Mixer, Place
 
@@ -141,6 +144,42 @@ def test_runs_that_differ_in_the_seed_have_the_records_of_runs_apart(tiny, eager
     assert workbench._last.reused and together[0] != together[1]
     workbench.clear()
     assert results(1) == together[1]
+
+
+def test_the_next_seed_counts_its_own_steps_and_seconds_and_says_what_it_took_over(
+    tiny, tmp_path, eager_kept, caplog, monkeypatch
+):
+    caplog.set_level(logging.INFO, "lra")
+
+    def broken(name: str, seed: int, at: int) -> Trainer:
+        made = trainer(tiny("train.device=cpu", f"seed={seed}"), tmp_path / name)
+        head = made.model.head.layers[-1].weight.data
+
+        def spoil(model: Backbone, step: int) -> None:
+            if step == at:
+                head.fill_(float("nan"))
+
+        with monkeypatch.context() as patch, pytest.raises(Diverged, match=f"not finite at step {at}$"):
+            patch.setattr(Backbone, "training_update", spoil)
+            made._loop()
+        return made
+
+    first = broken("first", 0, at=3)
+    first.step.compile_s += 7.0
+    first.step.notes.append("could not be captured: no GPU")
+    second = broken("second", 1, at=6)
+    assert second.step is first.step
+    assert second.how()["compile_s"] == 0
+    second.step.compile_s += 2.0
+    assert second.how()["compile_s"] == 2
+    assert "with the step of the run before, which could not be captured: no GPU" in caplog.text
+
+
+def test_clearing_lets_compiled_code_go(monkeypatch):
+    called = []
+    monkeypatch.setitem(sys.modules, "torch._dynamo", SimpleNamespace(reset=lambda: called.append(True)))
+    workbench.clear()
+    assert called == [True]
 
 
 @pytest.mark.parametrize("other", ["model.d_ff=48", "train.data=stream", "train.eval_batch_size=50"])

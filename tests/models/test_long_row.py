@@ -75,6 +75,59 @@ def test_a_scan_of_bounded_reach_equals_the_unbounded_one(reach, matrices):
     torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("reach", [8, 16, 32, 512])
+def test_a_sequence_as_long_as_the_reach_may_start_at_an_odd_place(reach):
+    """Where pairs of positions become one, it lies in one pair more than half its length."""
+    length = 2 * reach + 3
+    decay, update = 0.8 + draw(1, length, 1).sigmoid() / 5, draw(1, length, 1, seed=1)
+    decay[:, [0, 1, 1 + reach]] = 0
+    update[:, 1 + 2 * reach :] = 0
+    torch.testing.assert_close(scan(decay, update, reach=reach), scan(decay, update), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("retnet", {"directions": "untied"}),
+        ("gla", {"directions": "untied"}),
+        ("hgrn", {"directions": "untied"}),
+        ("mamba", {}),
+    ],
+)
+def test_packed_sequences_are_those_alone_beside_filler_of_any_size(name, own):
+    """States are kept for long, so that whatever entered another sequence would show."""
+    torch.manual_seed(0)
+    mixer = build(name, Place(d_model=16, num_heads=2, max_len=80), **own).double()
+    if name == "mamba":
+        torch.nn.init.constant_(mixer.A_log, -7.0)
+    x, total = draw(sum(LENGTHS) + FILLER, 16), sum(LENGTHS)
+    x[total:] = 1e30
+    x.requires_grad_()
+    cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
+    inputs = [x, *mixer.parameters()]
+    found = mixer.forward_packed(x, cu_seqlens, max(LENGTHS))[:total]
+    expected = one_by_one(mixer, x)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+    weight = draw(*found.shape, seed=2)
+    pairs = [
+        torch.autograd.grad((out * weight).sum(), inputs, retain_graph=True) for out in (found, expected)
+    ]
+    for one, other in zip(*pairs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("name", "directions"), [("retnet", "tied"), ("retnet", "untied"), ("gla", "untied"), ("hgrn", "untied")]
+)
+def test_filler_whose_square_overflows_leaves_gradients_finite(name, directions):
+    torch.manual_seed(0)
+    mixer = build(name, Place(d_model=16, num_heads=2, max_len=80), directions=directions)
+    x = torch.cat([torch.randn(9, 16), torch.full((3, 16), 1e30)]).requires_grad_()
+    out = mixer.forward_packed(x, torch.tensor([0, 4, 9], dtype=torch.int32), 5)[:9]
+    for grad in torch.autograd.grad(out.square().sum(), [x, *mixer.parameters()]):
+        assert grad.isfinite().all()
+
+
 def test_no_state_enters_where_a_sequence_starts():
     fresh = torch.tensor([[True, False, True, True, False], [True, False, False, False, True]])
     decay, update = draw(2, 5, 1).sigmoid(), draw(2, 5, 3, seed=1)

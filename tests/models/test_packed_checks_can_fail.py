@@ -2,6 +2,7 @@
 
 import pytest
 from torch import nn, ones_like
+from torch.autograd import Function
 
 from lra.conformance import ALL_CHECKS
 from lra.conformance_subject import Subject
@@ -55,6 +56,43 @@ class ShiftsPackedRows(AddsMeans):
         return out.roll(1, dims=0), carry
 
 
+class TakesThePlaceForTheBatch(AddsMeans):
+    """Right only where no sequence may be longer than the longest of the batch."""
+
+    def __init__(self, place: Place) -> None:
+        super().__init__(place)
+        self.limit = place.max_len
+
+    def forward_packed(self, x, cu_seqlens, max_len, carry):
+        out, carry = super().forward_packed(x, cu_seqlens, max_len, carry)
+        return out * (max_len / self.limit), carry
+
+
+class LetsFillerIn(AddsMeans):
+    def forward_packed(self, x, cu_seqlens, max_len, carry):
+        out, carry = super().forward_packed(x, cu_seqlens, max_len, carry)
+        return out + 1e-3 * x[-1].clamp(100, 1e4).sub(100), carry
+
+
+class _FillerInGradients(Function):
+    """The identity, whose gradient has a part of the filler where that is large."""
+
+    @staticmethod
+    def forward(ctx, out, x):
+        ctx.save_for_backward(x)
+        return out.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad + ctx.saved_tensors[0][-1].clamp_min(100).sub(100), None
+
+
+class LetsFillerIntoGradients(AddsMeans):
+    def forward_packed(self, x, cu_seqlens, max_len, carry):
+        out, carry = super().forward_packed(x, cu_seqlens, max_len, carry)
+        return _FillerInGradients.apply(out, x), carry
+
+
 class ReadsPackedLengthsBack(AddsMeans):
     def forward_packed(self, x, cu_seqlens, max_len, carry):
         return super().forward_packed(x, cu_seqlens, int(cu_seqlens.diff().max().item()), carry)
@@ -87,6 +125,9 @@ def test_a_block_with_a_packed_path_passes(check):
         ("packed_agrees", HandsOnNothingPacked),
         ("packed_agrees", HandsOnNaNOfEmptySequences),
         ("packed_agrees", ShiftsPackedRows),
+        ("packed_agrees", TakesThePlaceForTheBatch),
+        ("packed_agrees", LetsFillerIn),
+        ("packed_agrees", LetsFillerIntoGradients),
         ("packed_agrees", ClaimsAPackedPathItHasNot),
         ("packed_agrees", HidesAPackedPath),
         ("compiles", BranchesOnPackedLengths),
