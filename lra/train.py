@@ -17,15 +17,16 @@ from lra import checkpoint, cost, environment, parallel, records, workbench
 from lra.architecture import ArchitectureStep
 from lra.assembly import choose_layout
 from lra.config import RunConfig
-from lra.data.batch import Batches, Plan, decoding
+from lra.data.batch import Batches, decoding
 from lra.data.store import Store
 from lra.errors import UserError
 from lra.schedule import Schedule
+from lra.scores import accuracy_by_length
+from lra.segment import WARMUP_STEPS, Segment
 from lra.stop import Stop, stop_requested
 
 log = logging.getLogger(__name__)
 
-WARMUP_STEPS = 10  # untimed steps after a start: kernels load, allocators settle
 # In a run's folder: all of the run, and the chosen weights.
 LAST, BEST = "checkpoint/last.pt", "checkpoint/best.pt"
 
@@ -137,7 +138,7 @@ class Trainer:
         train, state = self.config.train, self.state
         eval_every = self.config.eval_every
         checkpoint_every = train.checkpoint_every or eval_every
-        segment = _Segment(self)
+        segment = Segment(self)
         asked = parallel.Agreement(state.step)
         with stop_requested() as stop:
             while state.step < train.num_steps:
@@ -165,11 +166,11 @@ class Trainer:
                     segment.close()
                     self._raise_if_diverged(self.step.first_bad())
                     self._evaluate_and_keep()
-                    segment = _Segment(self)
+                    segment = Segment(self)
                 if state.step % checkpoint_every == 0 or last:
                     segment.close()
                     self._save()
-                    segment = _Segment(self)
+                    segment = Segment(self)
             if asked(stop.signal is not None, state.step, now=True):
                 raise Stop(stop.signal or signal.SIGTERM)
 
@@ -378,59 +379,3 @@ class Trainer:
             kept = metrics.read_text().splitlines(keepends=True) if metrics.is_file() else []
             metrics.write_text("".join(kept[: self.state.lines]))
         log.info("resumed %s at step %d", self.run_id, self.state.step)
-
-
-class _Segment:
-    """Times the steps between two interruptions, once the process is warm; synchronises only at its ends."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-        self.steps = self.tokens = 0
-        self._open()
-        if trainer.warmup_left:
-            self.started = None
-
-    def _open(self) -> None:
-        self.started: float | None = time.perf_counter()
-        self.compiled_before = self.trainer.step.compile_s
-
-    def count(self, plans: list[Plan]) -> None:
-        """Called after each step with its batch."""
-        if self.started is not None:
-            self.steps += 1
-            self.tokens += sum(plan.num_tokens for plan in plans)
-            return
-        self.trainer.warmup_left -= 1
-        if self.trainer.warmup_left == 0:
-            environment.synchronize(self.trainer.device)
-            cost.reset_peak(self.trainer.device)
-            self._open()
-
-    def close(self) -> None:
-        environment.synchronize(self.trainer.device)
-        if self.started is None:
-            return
-        compiling = self.trainer.step.compile_s - self.compiled_before
-        state = self.trainer.state
-        state.train_s += time.perf_counter() - self.started - compiling
-        state.timed_steps += self.steps
-        state.timed_tokens += self.tokens
-        self.started = None
-
-
-def accuracy_by_length(right: np.ndarray, lengths: np.ndarray, documents: int) -> dict[str, dict] | None:
-    """Accuracy and count per quarter of the test rows by real length; None where all rows are equally
-    long.
-    """
-    per_row = lengths.reshape(-1, documents).sum(1)
-    edges = np.unique(np.quantile(per_row, [0, 0.25, 0.5, 0.75, 1]).round().astype(int))
-    if len(edges) < 2:
-        return None
-    bucket = np.clip(np.searchsorted(edges, per_row, side="right") - 1, 0, len(edges) - 2)
-    found = {}
-    for index in range(len(edges) - 1):
-        inside = bucket == index
-        if inside.any():
-            name = f"{edges[index]}-{edges[index + 1] - (index + 2 < len(edges))}"
-            found[name] = {"accuracy": float(right[inside].mean()), "num": int(inside.sum())}
-    return found

@@ -14,8 +14,9 @@ from lra.assembly import choose_layout
 from lra.config import compose
 from lra.data.prepare import prepare
 from lra.errors import UserError
+from lra.scores import accuracy_by_length
 from lra.stop import Stop
-from lra.train import Trainer, accuracy_by_length
+from lra.train import Trainer
 
 
 def trainer(overrides, folder) -> Trainer:
