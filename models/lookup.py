@@ -29,12 +29,12 @@ def lookup_short(table: Tensor, ids: Tensor) -> Tensor:
     """`lookup` whose gradient, the sum of what came to all ids of a row, is a product with one-hot vectors:
     the same bits every time.
     """
-    return _Lookup.apply(table, ids)
+    return _Lookup.apply(table, ids, False)
 
 
 def lookup_spread(table: Tensor, ids: Tensor) -> Tensor:
     """`lookup` whose gradient is added up in copies of the table first, neighbours in different ones."""
-    return _Spread.apply(table, ids)
+    return _Lookup.apply(table, ids, True)
 
 
 def sums_by_id(rows: Tensor, ids: Tensor, count: int) -> Tensor:
@@ -49,32 +49,24 @@ def sums_by_id(rows: Tensor, ids: Tensor, count: int) -> Tensor:
         return torch.bmm(one_hot.to(rows.dtype), rows.view(chunks, CHUNK, rows.shape[1])).sum(0)
 
 
+def sums_in_copies(rows: Tensor, ids: Tensor, count: int) -> Tensor:
+    """`sums_by_id`, by additions to as many copies of each sum as there is room for, neighbours apart."""
+    copies = max(1, SPREAD // count)
+    place = ids * copies + torch.arange(ids.shape[0], device=ids.device) % copies
+    sums = rows.new_zeros(count * copies, rows.shape[1]).index_add(0, place, rows)
+    return sums.unflatten(0, (count, copies)).sum(1)
+
+
 class _Lookup(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, table: Tensor, ids: Tensor) -> Tensor:
+    def forward(ctx, table: Tensor, ids: Tensor, spread: bool) -> Tensor:
         ctx.save_for_backward(ids)
-        ctx.count = table.shape[0]
+        ctx.count, ctx.spread = table.shape[0], spread
         return F.embedding(ids, table)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         (ids,) = ctx.saved_tensors
         (rows,) = at_least_fp32(grad.reshape(-1, grad.shape[-1]))
-        return sums_by_id(rows, ids.flatten(), ctx.count).to(grad.dtype), None
-
-
-class _Spread(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, table: Tensor, ids: Tensor) -> Tensor:
-        ctx.save_for_backward(ids)
-        ctx.count = table.shape[0]
-        return F.embedding(ids, table)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        (ids,) = ctx.saved_tensors
-        ids, copies = ids.flatten(), SPREAD // ctx.count
-        (rows,) = at_least_fp32(grad.reshape(-1, grad.shape[-1]))
-        place = ids * copies + torch.arange(ids.shape[0], device=ids.device) % copies
-        sums = rows.new_zeros(ctx.count * copies, rows.shape[1]).index_add(0, place, rows)
-        return sums.unflatten(0, (ctx.count, copies)).sum(1).to(grad.dtype), None
+        sums = sums_in_copies if ctx.spread else sums_by_id
+        return sums(rows, ids.flatten(), ctx.count).to(grad.dtype), None, None

@@ -1,13 +1,8 @@
 """Stable exponentials of products: kernels equal torch in float64, gradients through the maximum included."""
 
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-from pathlib import Path
-
 import pytest
 import torch
+from interpreter import interpreted
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.exponentials import stable_exponentials
@@ -39,14 +34,7 @@ def test_products_of_kernels_are_counted():
 @pytest.mark.slow
 def test_performer_by_kernels_in_the_interpreter_equals_float64_in_outputs_and_gradients():
     """Needs Triton but no GPU. Results in half precision are rounded to it."""
-    if find_spec("triton") is None:
-        pytest.skip("triton is not installed: pip install triton")
-    here = Path(__file__).resolve().parent
-    paths = os.pathsep.join([str(here.parents[1]), os.environ.get("PYTHONPATH", "")])
-    script, env = here / "exponentials_interpreted.py", {**os.environ, "PYTHONPATH": paths}
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
-    found = [line.split() for line in done.stdout.splitlines()]
+    found = interpreted("exponentials")
     assert len(found) == 7
     limits = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-2}
     for name, *differences in found:

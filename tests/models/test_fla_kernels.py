@@ -1,16 +1,13 @@
 """When fla-core's kernels are taken and what they are given; on a GPU, that they equal the torch forms."""
 
 import logging
-import os
-import subprocess
 import sys
-from importlib.util import find_spec
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 import torch.nn.functional as F
+from interpreter import interpreted
 
 from models import Place, build, fla_kernels, scan
 from models.delta_rule import delta_rule
@@ -301,18 +298,7 @@ def rms(expected, found):
 @pytest.mark.slow
 def test_fla_in_the_interpreter_equals_torch_in_outputs_and_gradients():
     """Needs Triton but no GPU; float32 where fla takes it, float16 for its delta rules."""
-    if find_spec("triton") is None:
-        pytest.skip("triton is not installed: pip install triton")
-    here = Path(__file__).resolve().parent
-    paths = os.pathsep.join([str(here.parents[1]), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, here / "fla_interpreted.py"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": paths},
-    )
-    assert done.returncode == 0, done.stderr
-    found = [line.split() for line in done.stdout.splitlines()]
+    found = interpreted("fla")
     assert len(found) == 10
     for operation, length, *differences in found:
         limit = 2e-3 if "delta" in operation else 5e-6

@@ -1,13 +1,8 @@
 """The iterated inverse by Triton kernels: equal to torch's products, in outputs and gradients."""
 
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-from pathlib import Path
-
 import pytest
 import torch
+from interpreter import interpreted
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -65,14 +60,7 @@ def test_its_products_are_counted_as_those_of_torch_are():
 @pytest.mark.slow
 def test_in_the_interpreter_it_is_as_near_to_float64_as_torch_in_float32():
     """Needs Triton but no GPU."""
-    if find_spec("triton") is None:
-        pytest.skip("triton is not installed: pip install triton")
-    here = Path(__file__).resolve().parent
-    paths = os.pathsep.join([str(here.parents[1]), os.environ.get("PYTHONPATH", "")])
-    script, env = here / "inverse_interpreted.py", {**os.environ, "PYTHONPATH": paths}
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
-    *cases, (compiled, *away), opcheck = [line.split() for line in done.stdout.splitlines()]
+    *cases, (compiled, *away), opcheck = interpreted("inverse")
     assert len(cases) == 7 and compiled == "compiled" and opcheck == ["opcheck"]
     assert all(float(x) < 1e-12 for x in away)
     for case in cases:

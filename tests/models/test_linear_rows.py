@@ -1,13 +1,8 @@
 """Normalised linear attention on rows: in torch equal to rows taken alone, by Triton kernels to torch."""
 
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-from pathlib import Path
-
 import pytest
 import torch
+from interpreter import interpreted
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -85,14 +80,7 @@ def test_products_of_kernels_are_counted_as_those_of_torch_are():
 @pytest.mark.slow
 def test_kernels_in_the_interpreter_equal_float64_in_outputs_and_gradients():
     """Needs Triton but no GPU. Results in half precision are rounded to it."""
-    if find_spec("triton") is None:
-        pytest.skip("triton is not installed: pip install triton")
-    here = Path(__file__).resolve().parent
-    paths = os.pathsep.join([str(here.parents[1]), os.environ.get("PYTHONPATH", "")])
-    script, env = here / "linear_rows_interpreted.py", {**os.environ, "PYTHONPATH": paths}
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
-    found = [line.split() for line in done.stdout.splitlines()]
+    found = interpreted("linear_rows")
     assert len(found) == 12
     limits = {"float32": 2e-6, "float16": 1e-3, "bfloat16": 8e-3, "compiled": 1e-12, "opcheck": 0}
     for name, *differences in found:

@@ -1,15 +1,11 @@
 """Products over packed rows: in torch equal to loops, by Triton kernels equal to those in torch."""
 
 import logging
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from interpreter import interpreted
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck
 from torch.utils.flop_counter import FlopCounterMode
@@ -168,14 +164,7 @@ def test_what_computes_on_a_gpu_is_told_once(triton, capability, compiler, said,
 @pytest.mark.slow
 def test_kernels_in_the_interpreter_equal_float64_in_outputs_and_gradients():
     """Needs Triton but no GPU. Gradients of half precision are rounded to it."""
-    if find_spec("triton") is None:
-        pytest.skip("triton is not installed: pip install triton")
-    here = Path(__file__).resolve().parent
-    paths = os.pathsep.join([str(here.parents[1]), os.environ.get("PYTHONPATH", "")])
-    script, env = here / "row_products_interpreted.py", {**os.environ, "PYTHONPATH": paths}
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
-    found = [line.split() for line in done.stdout.splitlines()]
+    found = interpreted("row_products")
     assert len(found) == 3 * (6 + 2 + 2 + 1 + 1)
     limits = {"float32": 5e-7, "float16": 1e-3, "mixed": 5e-3, "compiled": 1e-12, "opcheck": 0}
     for operation, name, d, e, *differences in found:
