@@ -16,6 +16,8 @@ from lra.errors import UserError
 from lra.layout import Layout
 from lra.schema import BackboneConfig, ModelConfig
 from models.common import Block, Mixer, Place
+from models.dropout import Dropout as TokenDropout
+from models.dropout import dropout
 from models.layers import FeedForward, make_norm
 from models.lookup import lookup
 
@@ -90,7 +92,7 @@ class Dropout(nn.Module):
         if not self.training:
             return x
         if self.rate and self.kind == "element":
-            x = F.dropout(x, self.rate)
+            x = dropout(x, self.rate)
         elif self.rate:
             x = x * layout.per_sequence(F.dropout(x.new_ones(layout.num_sequences, x.shape[-1]), self.rate))
         if self.drop_path:
@@ -201,7 +203,7 @@ class Backbone(nn.Module):
         self.padded_length = padded_length
         max_len = padded_length + (config.pool == "cls")
         self.embedding = Embedding(config, vocab_size=vocab_size, channels=channels, max_len=max_len)
-        self.embedding_dropout = nn.Dropout(config.input_dropout)
+        self.embedding_dropout = TokenDropout(config.input_dropout)
         shared: dict = {}
         distinct = 1 if config.tied_layers else config.num_layers
         self.layers = nn.ModuleList()

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.common import Block, Place, Traits, at_least_fp32, register, rotate
+from models.dropout import Dropout
 from models.layers import make_norm
 
 BIASES = ("rotary", "toeplitz", "none")
@@ -144,8 +145,8 @@ class FlashQuad(Block):
             self.traits = replace(self.traits, uses_order=False)
         if count_padding:
             self.traits = self.traits.but("scores are divided by the padded length", length_invariant=False)
-        self.dropout = nn.Dropout(dropout)
-        self.attn_dropout, self.act_dropout = nn.Dropout(attn_dropout), nn.Dropout(act_dropout)
+        self.dropout = Dropout(dropout)
+        self.attn_dropout, self.act_dropout = nn.Dropout(attn_dropout), Dropout(act_dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None, carry: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self.prenorm:

@@ -5,11 +5,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.dropout import Dropout
+from models.gelu import gelu
+
 # [... d] is [b l d] padded or [t d] packed; `real` [...] is True at real tokens, None when all are real
 
 NORMS = ("layer", "batch", "scale", "none")
 NORM_STATS = ("real", "all")
-ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh}
+ACTIVATIONS = {"gelu": gelu, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh}
 FEED_FORWARDS = ("mlp", "glu", "none")
 DROPOUT_KINDS = ("element", "tied")
 
@@ -151,7 +154,7 @@ class FeedForward(nn.Module):
             raise ValueError(f"unknown activation '{activation}'; choose from: {', '.join(ACTIVATIONS)}")
         self.activation, self.glu = ACTIVATIONS[activation], glu
         self.up = nn.Linear(d_model, 2 * d_ff if glu else d_ff)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.down = nn.Linear(d_ff, d_model)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.common import Block, Place, Traits, at_least_fp32, full_precision, register, rotate
+from models.dropout import Dropout
 from models.fft_conv import fft_conv
 from models.layers import FeedForward, make_norm
 from models.ssm import exponential_kernel
@@ -256,7 +257,7 @@ class GatedAttention(nn.Module):
             self.table = nn.Parameter(torch.randn(2 * (chunk or place.max_len) - 1) * STD)  # of j - i
         else:
             self.vectors = nn.Parameter(torch.randn(2, key_width) * STD)
-        self.dropout, self.act_dropout = nn.Dropout(dropout), nn.Dropout(act_dropout)
+        self.dropout, self.act_dropout = Dropout(dropout), Dropout(act_dropout)
         self.attn_dropout = nn.Dropout(attn_dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -353,7 +354,7 @@ class Mega(Block):
         start_small(self.ffn)
         self.norm = make_norm(norm, width, stats=norm_stats, eps=norm_eps)
         self.ffn_norm = make_norm(norm, width, stats=norm_stats, eps=norm_eps)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.traits = self.gated.claims(self.traits)
 
     def forward(self, x: Tensor, mask: Tensor | None, carry: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -5,6 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from models.gelu import gelu
 from models.mega import MovingAverage, mega_attention, moving_average
 from proofs.faults import Plant, other_eps, swapped, unmasked, unscaled
 from proofs.kit import Limit, Oracle, affine, dense_softmax, distance, draw, normalised, normed, rows, silu
@@ -31,7 +32,7 @@ def logistic(x):
     return 1 / (1 + torch.exp(-x))
 
 
-ACTIVATIONS = {F.silu: silu, F.gelu: lambda x: x * (1 + torch.erf(x / math.sqrt(2))) / 2}
+ACTIVATIONS = {F.silu: silu, gelu: lambda x: x * (1 + torch.erf(x / math.sqrt(2))) / 2}
 WEIGHTS = {
     "softmax": normalised,
     "relu2": lambda x: torch.where(x > 0, x, 0.0) ** 2,
