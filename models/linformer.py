@@ -2,26 +2,28 @@
 
 Paper    Wang et al. 2020, arXiv 2006.04768, eq. 7; sharing: section 4 (additional efficiency techniques)
 Computes out_i = softmax(q_i (E K)^T / sqrt(d)) F V   with E, F learned, [proj_len max_len] per head
-Cost     time O(L P D) per head, memory O(L P), O((L + P) D) where FlashAttention runs; P max_len parameters
-         per projection
+Cost     time O(L P D) per head, memory O(L P), O((L + P) D) where FlashAttention or the kernels of
+         few_keys.py run; P max_len parameters per projection
 Exact    yes when proj_len = length and E = F = identity
-Padding  padded rows of K and V are zeroed before E and F, which are sliced to the length: they add nothing
+Padding  padded rows of K and V are zeroed before E and F, which are sliced to the length: they add nothing;
+         of packed rows the keys and values alone are padded
 Differs  masks padding (paper, and the JAX code of LRA: no, here `use_mask=False`); E and F start as
          N(0, 1 / proj_len), as the proofs in the paper do (`init_std`: Nystromformer's code has N(0, 0.02^2)
          and E = F of a head in all layers, `share=layers_per_head`; the JAX code of LRA has E = F for a whole
          layer, `share=kv`, and flax's normal of variance 1 / max_len, cut off at two standard deviations)
 """
-# b batch, h heads (1 if heads share), l length, n longest length, p slots, d head dim
+# b batch, h heads (1 if heads share), l length, t packed tokens, n longest length, p slots, d head dim
 
 import math
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.common import Mixer, Place, Traits, masked_softmax, register
-from models.softmax import flash_runs, softmax_fused
+from models.few_keys import few_keys_attention, fits
+from models.packed import read_padded
+from models.softmax import even_bounds, flash_runs, softmax_fused
 
 SHARE = ("none", "heads", "kv", "layers", "layers_per_head")
 
@@ -40,21 +42,47 @@ def linformer_attention(
 
     ValueError if l > n: a position past the longest length has no column.
     """
-    length = k.shape[-2]
-    if length > proj_k.shape[-1]:
-        raise ValueError(
-            f"linformer was built for at most {proj_k.shape[-1]} positions and got {length}; "
-            "raise max_len or shorten the input"
-        )
     if mask is not None:
         k, v = (x * mask[:, None, :, None] for x in (k, v))
-    k = torch.einsum("hpl,bhld->bhpd", proj_k[..., :length].to(k.dtype), k)
-    v = torch.einsum("hpl,bhld->bhpd", proj_v[..., :length].to(v.dtype), v)
+    k, v = mixtures(k, proj_k), mixtures(v, proj_v)
+    rows, slots = q.transpose(1, 2), [x.transpose(1, 2) for x in (k, v)]  # [b l h d], [b p h d]
+    if fits(rows, *slots):
+        bounds = even_bounds(rows), q.shape[-2]
+        mixed = few_keys_attention(rows.flatten(0, 1), *slots, *bounds, dropout=dropout)
+        return mixed.unflatten(0, rows.shape[:2]).transpose(1, 2)
     if flash_runs(q, k, v):
         return softmax_fused(q, k, v, dropout=dropout)
     scores = torch.einsum("bhld,bhpd->bhlp", q * q.shape[-1] ** -0.5, k)
     weights = masked_softmax(scores, None).to(v.dtype)
     return torch.einsum("bhlp,bhpd->bhld", F.dropout(weights, dropout), v)
+
+
+def linformer_attention_packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_len: int,
+    *,
+    proj_k: Tensor,
+    proj_v: Tensor,
+    dropout: float = 0.0,
+) -> Tensor:
+    """`linformer_attention` within packed sequences: q, k, v: [t h d] -> [t h d], zeros at filler rows."""
+    k, v = (x.transpose(1, 2) for x in read_padded(cu_seqlens, max_len, k, v))  # [b h l d]
+    k, v = (mixtures(x, proj).transpose(1, 2) for x, proj in ((k, proj_k), (v, proj_v)))  # [b p h d]
+    return few_keys_attention(q, k, v, cu_seqlens, max_len, dropout=dropout)
+
+
+def mixtures(x: Tensor, proj: Tensor) -> Tensor:
+    """E x of each head: x [b h l d], proj [h p n] or [1 p n] -> [b h p d]; ValueError if l > n."""
+    length = x.shape[-2]
+    if length > proj.shape[-1]:
+        raise ValueError(
+            f"linformer was built for at most {proj.shape[-1]} positions and got {length}; "
+            "raise max_len or shorten the input"
+        )
+    return torch.einsum("hpl,bhld->bhpd", proj[..., :length].to(x.dtype), x)
 
 
 @register("linformer")
@@ -68,6 +96,7 @@ class Linformer(Mixer):
 
     traits = Traits(
         fixed_length=True,
+        packed=True,
         uses_order=True,
         because={"fixed_length": "E and F have one column for each position up to max_len"},
     )
@@ -107,20 +136,22 @@ class Linformer(Mixer):
             self.proj_k = draw()
         self.proj_v = draw() if share in ("none", "heads") else self.proj_k
         if not use_mask:
-            because = dict.fromkeys(
-                ("content_invariant", "length_invariant"), "use_mask=False: E and F mix padding"
-            )
-            self.traits = replace(
-                self.traits,
+            self.traits = self.traits.but(
+                "use_mask=False: E and F mix padding, which packed rows have none of",
                 content_invariant=False,
                 length_invariant=False,
-                because={**self.traits.because, **because},
+                packed=False,
             )
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         dropout = self.attn_dropout.p if self.training else 0.0
         mask = mask if self.use_mask else None
         return linformer_attention(q, k, v, mask, proj_k=self.proj_k, proj_v=self.proj_v, dropout=dropout)
+
+    def attend_packed(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
+        dropout = self.attn_dropout.p if self.training else 0.0
+        options = {"proj_k": self.proj_k, "proj_v": self.proj_v, "dropout": dropout}
+        return linformer_attention_packed(q, k, v, cu_seqlens, max_len, **options)
 
     def state_size(self, length: int) -> int:
         return 2 * self.proj_len * self.place.num_heads * self.place.head_dim

@@ -6,8 +6,8 @@ Computes Y_P = attn(P, X),  Y_X = attn(X, Y_P) W_o,  X' = norm(Y_X + X),  P' = n
 Cost     time O(L P D), memory O(L P) per head, O((L + P) D) where FlashAttention runs
 Exact    no; if Y_P were the sequence itself, the unpack step would be dense softmax attention
 Padding  padded keys get weight zero in the pack step; the unpack step sees slots alone; packed rows are
-         cut into chunks, each with the slots of its sequence, over whose chunks the pack step is summed,
-         or lie as they are where FlashAttention runs
+         cut into chunks, over which the pack step of a sequence is summed, or lie as they are where
+         FlashAttention or the kernels of few_queries.py run
 Differs  projections start as those of the other mechanisms do (released code: Xavier, gain 1 / sqrt(2));
          Y_P is projected to the model width where the heads together have another (paper: they never do);
          released code can give the pack step a number of heads of its own, hides slots past a row's number
@@ -27,10 +27,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.common import Block, Place, Traits, at_least_fp32, full_precision, masked_softmax, register
+from models.dropout import Dropout
+from models.few_keys import few_keys_attention
+from models.few_keys import fits as few_keys_fit
+from models.few_queries import few_queries_attention
+from models.few_queries import fits as few_queries_fit
 from models.layers import FeedForward, make_norm
 from models.packed import Chunks
 from models.row_products import sum_chunks
-from models.softmax import compacted, even_bounds, flash, flash_runs, softmax_fused
+from models.softmax import even_bounds, flash, flash_runs, softmax_fused
 from models.sums import segment_softmax
 
 
@@ -55,6 +60,14 @@ def luna_attention(
     given, mask: [b n] bool, True = real key -> [b m h*d], zeros for a row without real keys.
     """
     q, k, v = heads(num_heads, x_q, x_kv, values)
+    if few_keys_fit(q, k, v):
+        rows, length = q.flatten(0, 1), q.shape[1]
+        mixed = few_keys_attention(rows, k, v, even_bounds(q), length, used=mask, dropout=dropout)
+        return mixed.unflatten(0, q.shape[:2]).flatten(2)
+    if few_queries_fit(q, k, v):
+        rows, real = (k.flatten(0, 1), v.flatten(0, 1)), None if mask is None else mask.flatten()
+        bounds = even_bounds(k), k.shape[1]
+        return few_queries_attention(q, *rows, *bounds, real=real, dropout=dropout).flatten(2)
     if flash_runs(q, k, v):
         mixed = softmax_fused(*(x.transpose(1, 2) for x in (q, k, v)), mask, dropout=dropout)
         return mixed.transpose(1, 2).flatten(2)
@@ -92,13 +105,17 @@ def pack_rows(
     values: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """`luna_attention` from the slots of each sequence to its packed rows, by FlashAttention.
+    """`luna_attention` from the slots of each sequence to its packed rows, by the kernels of few_queries.py
+    or FlashAttention.
 
-    x_q: [b p h*d], x_kv and `values`: [t h*d] -> [b p h*d], zeros for a sequence without rows. Of what the
-    kernel leaves at its slots and at filler rows, gradients included, nothing reaches a product.
+    x_q: [b p h*d], x_kv and `values`: [t h*d] -> [b p h*d], zeros for a sequence without rows. Of what
+    FlashAttention leaves at its slots and at filler rows, gradients included, nothing reaches a product.
     """
     q, k, v = heads(num_heads, x_q, x_kv, values)
-    some, real = _some_and_real(cu_seqlens, k.shape[0])
+    if few_queries_fit(q, k, v):
+        return few_queries_attention(q, k, v, cu_seqlens, max_len, dropout=dropout).flatten(2)
+    some = (cu_seqlens.diff() > 0)[:, None, None, None]  # sequences with rows
+    real = (torch.arange(k.shape[0], device=k.device) < cu_seqlens[-1])[:, None, None]
     q, k, v = torch.where(some, q, 0), torch.where(real, k, 0), torch.where(real, v, 0)
     sizes = even_bounds(q), cu_seqlens.to(torch.int32), q.shape[1], max_len
     mixed = flash(q.flatten(0, 1), k, v, *sizes, dropout=dropout)
@@ -116,29 +133,13 @@ def unpack_rows(
     values: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """`luna_attention` from the packed rows of each sequence to its slots, by FlashAttention.
+    """`luna_attention` from the packed rows of each sequence to its slots.
 
-    x_q: [t h*d], x_kv and `values`: [b p h*d], used: [b p] bool, True = seen, at least one slot where there
-    are rows -> [t h*d], zeros at filler rows; what the kernel leaves goes no further than in `pack_rows`.
+    x_q: [t h*d], x_kv and `values`: [b p h*d], used: [b p] bool, True = seen -> [t h*d], zeros at filler
+    rows, which reach nothing.
     """
     q, k, v = heads(num_heads, x_q, x_kv, values)
-    some, real = _some_and_real(cu_seqlens, q.shape[0])
-    num_slots = k.shape[1]
-    if used is None:
-        cu_slots = even_bounds(k)
-        k, v = (torch.where(some, x, 0).flatten(0, 1) for x in (k, v))
-    else:
-        k, v, cu_slots = compacted(k, v, used)
-    sizes = cu_seqlens.to(torch.int32), cu_slots, max_len, num_slots
-    mixed = flash(torch.where(real, q, 0), k, v, *sizes, dropout=dropout)
-    return torch.where(real, mixed, 0).flatten(1)
-
-
-def _some_and_real(cu_seqlens: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """Which sequences have rows, [b 1 1 1], and which rows are no filler, [t 1 1]."""
-    some = cu_seqlens.diff() > 0
-    real = torch.arange(num_rows, device=cu_seqlens.device) < cu_seqlens[-1]
-    return some[:, None, None, None], real[:, None, None]
+    return few_keys_attention(q, k, v, cu_seqlens, max_len, used=used, dropout=dropout).flatten(1)
 
 
 def sinusoids(length: int, width: int) -> Tensor:
@@ -198,7 +199,7 @@ class Luna(Block):
         reads_p = prenorm or not self.is_last  # the last P' has no reader, and a norm of it would never learn
         self.norm_x, self.norm_ff = norm_of(norm), norm_of(norm)
         self.norm_p = norm_of(norm if reads_p else "none")
-        self.dropout, self.attn_dropout = nn.Dropout(dropout), nn.Dropout(attn_dropout)
+        self.dropout, self.attn_dropout = Dropout(dropout), nn.Dropout(attn_dropout)
         first = place.layer_index == 0  # later layers get P as their carry
         self.slots = nn.Parameter(torch.randn(proj_len, width) * width**-0.5) if first else None
         positions = sinusoids(proj_len, width) if first and sinusoidal else None
@@ -269,26 +270,15 @@ class Luna(Block):
     def mix_packed(self, x: Tensor, slots: Tensor, cu_seqlens: Tensor, max_len: int) -> tuple[Tensor, Tensor]:
         """(Y_X [t d_model], Y_P [b p d_model]) of packed X and P; Y_X is `out` of zeros at filler rows."""
         q = self.pack_q(slots)
-        if flash_runs(*heads(self.place.num_heads, q, q, None)):
-            return self.mix_rows(x, q, cu_seqlens, max_len)
-        chunks = sum_chunks(cu_seqlens, x.shape[0], max_len)
-        places = chunks.lay_out(x)
-        k, v = self.split(self.pack_kv(places))
-        packed = self.pack_out(pack_attention(q, k, chunks, values=v, **self.options))
-        used = None
-        if self.dynamic_projection:
-            count = cu_seqlens.diff()[:, None]
-            used = chunks.of_sequence(torch.arange(self.proj_len, device=x.device) < count)  # [n p]
-        kv = self.unpack_kv(packed)
-        with full_precision(kv):  # a copy, which autocast would round
-            kv = chunks.spread(kv)
-        return self.out(chunks.take_back(self.attend(self.unpack_q(places), kv, used))), packed
-
-    def mix_rows(self, x: Tensor, q: Tensor, cu_seqlens: Tensor, max_len: int) -> tuple[Tensor, Tensor]:
-        """`mix_packed` where FlashAttention runs, given the queries of P, [b p h*d]."""
-        k, v = self.split(self.pack_kv(x))
-        packed = self.pack_out(pack_rows(q, k, cu_seqlens, max_len, values=v, **self.options))
-        used = None
+        like = heads(self.place.num_heads, q, q, None)
+        if few_queries_fit(*like) or flash_runs(*like):
+            k, v = self.split(self.pack_kv(x))
+            packed = pack_rows(q, k, cu_seqlens, max_len, values=v, **self.options)
+        else:
+            chunks = sum_chunks(cu_seqlens, x.shape[0], max_len)
+            k, v = self.split(self.pack_kv(chunks.lay_out(x)))
+            packed = pack_attention(q, k, chunks, values=v, **self.options)
+        packed, used = self.pack_out(packed), None
         if self.dynamic_projection:
             used = torch.arange(self.proj_len, device=x.device) < cu_seqlens.diff()[:, None]  # [b p]
         q = self.unpack_q(x)

@@ -118,6 +118,36 @@ def unpad_packed(padded: Tensor, cu_seqlens: Tensor, num_rows: int) -> Tensor:
     return Chunks.of(cu_seqlens, num_rows, size=max_len, max_len=max_len).take_back(padded)
 
 
+def read_padded(cu_seqlens: Tensor, max_len: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Each x [t ...] as [b max_len ...], zeros at padding: `pad_packed` by reading rows, which a compiler
+    joins with what reads the result, where that writes them.
+    """
+    num_rows = tensors[0].shape[0]
+    where = Segments.of(cu_seqlens, num_rows)
+    place = torch.where(where.real, where.segment * max_len + where.position, 0)  # [t]
+    position = torch.arange(max_len, device=cu_seqlens.device)
+    inside = position < cu_seqlens.diff()[:, None]  # [b max_len]
+    row = (cu_seqlens[:-1, None] + position).clamp(max=num_rows - 1)
+    return tuple(_Read.apply(x, row, inside, place, where.real) for x in tensors)
+
+
+class _Read(torch.autograd.Function):
+    """x [t ...] at row [b l] where inside [b l]; the gradient of a real row is read at place [t], since that
+    of repeated rows would need a sort.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, row: Tensor, inside: Tensor, place: Tensor, real: Tensor) -> Tensor:
+        ctx.save_for_backward(place, real)
+        return torch.where(inside.view(*inside.shape, *[1] * (x.dim() - 1)), x[row], 0)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        place, real = ctx.saved_tensors
+        rows = grad.flatten(0, 1)[place]
+        return torch.where(real.view(-1, *[1] * (rows.dim() - 1)), rows, 0), None, None, None, None
+
+
 def _rows(keep: Tensor, x: Tensor) -> Tensor:
     """keep [t] as a factor for the rows of x [t ...]."""
     return keep.view(-1, *[1] * (x.dim() - 1)).to(x.dtype)

@@ -7,6 +7,7 @@ import torch
 
 from models import Place, build, linformer
 from models.linformer import linformer_attention
+from models.row_products import kernels
 
 EXACT = {"rtol": 0, "atol": 1e-12}  # float64 rounding
 
@@ -91,7 +92,9 @@ def test_without_mask_padding_is_mixed_in_and_the_traits_say_so():
     expected = torch.softmax(q @ (e @ k).mT / 2, dim=-1) @ (e @ v)
     torch.testing.assert_close(found, expected, **EXACT)
     assert {"content_invariant", "length_invariant"} <= mechanism.traits.exceptions().keys()
-    assert build("linformer", place, proj_len=3).traits.content_invariant
+    assert not mechanism.traits.packed
+    with_mask = build("linformer", place, proj_len=3).traits
+    assert with_mask.content_invariant and with_mask.packed
 
 
 def test_dropout_acts_in_training_only():
@@ -166,6 +169,26 @@ def test_half_precision_on_a_gpu_equals_explicit_attention_captured_too(masked, 
     graph.replay()
     for found, wanted in zip(captured, expected, strict=True):
         assert (found.double() - wanted).norm() / wanted.norm() < 2e-2  # bfloat16 keeps 8 bits
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("triton", [False, True])
+@pytest.mark.parametrize("slots", [16, 256])
+def test_packed_rows_in_half_precision_on_a_gpu_equal_those_in_float64(slots, triton):
+    lengths, draw = (300, 1, 0, 77), torch.Generator(device="cuda").manual_seed(0)
+    bounds = torch.tensor([0, *lengths], device="cuda").cumsum(0).to(torch.int32), 300
+    qkv = torch.randn(sum(lengths) + 9, 3, 2, 32, device="cuda", generator=draw)
+    weights = torch.randn(2, 2, slots, 400, device="cuda", generator=draw) / 8
+    results = []
+    for dtype in (torch.float64, torch.float16):
+        leaves = [x.to(dtype).requires_grad_() for x in (*qkv.unbind(1), *weights)]
+        attend = linformer.linformer_attention_packed
+        with kernels(triton):
+            out = attend(*leaves[:3], *bounds, proj_k=leaves[3], proj_v=leaves[4])
+            results.append((out, *torch.autograd.grad(out.double().square().sum(), leaves)))
+    for wanted, found in zip(*results, strict=True):
+        assert (found.double() - wanted).norm() / wanted.norm() < 1e-2  # float16 keeps 11 bits
+    assert not any(x[sum(lengths) :].any() for x in results[1][:4])
 
 
 @pytest.mark.gpu

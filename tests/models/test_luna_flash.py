@@ -7,9 +7,10 @@ import torch
 from flash_stand_in import explicit
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from models import Place, build, luna, softmax
+from models import Place, build, few_keys, luna, softmax
 from models.luna import luna_attention, pack_rows, unpack_rows
 from models.packed import pad_packed, unpad_packed
+from models.row_products import kernels
 
 EXACT = {"rtol": 0, "atol": 1e-12}  # float64 rounding
 LENGTHS, FILLER = (9, 0, 1, 4), 3
@@ -32,7 +33,7 @@ def on_a_gpu(monkeypatch):
     """Calling it takes the path of a GPU from there on, with the stand-in for its operator."""
 
     def switch():
-        for module in (luna, softmax):
+        for module in (few_keys, luna, softmax):
             monkeypatch.setattr(module, "flash_runs", lambda q, k, v: True)
             monkeypatch.setattr(module, "flash", explicit)
 
@@ -155,11 +156,13 @@ def with_gradients(steps, rows, slots, *rest):
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("num_slots", "hidden"), [(16, False), (256, False), (16, True)])
-def test_both_steps_equal_explicit_ones_on_a_gpu(num_slots, hidden, dtype, compiled):
+@pytest.mark.parametrize("triton", [False, True])
+def test_both_steps_equal_explicit_ones_on_a_gpu(triton, num_slots, hidden, dtype, compiled):
     rows, slots, cu_seqlens = drawn(dtype, num_slots)
     used = torch.arange(num_slots, device="cuda") < cu_seqlens.diff()[:, None] if hidden else None
     steps = torch.compile(both_steps, fullgraph=True) if compiled else both_steps
-    found = with_gradients(steps, rows, slots, cu_seqlens, used)
+    with kernels(triton):
+        found = with_gradients(steps, rows, slots, cu_seqlens, used)
     expected = with_gradients(both_steps_explicit, rows.double(), slots.double(), cu_seqlens, used)
     for one, other in zip(found, expected, strict=True):
         assert (one.double() - other).norm() / other.norm() < 2e-2  # bfloat16 keeps 8 bits
