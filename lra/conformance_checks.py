@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from lra.conformance_packed import carry_error, packed_error
+from lra.conformance_packed import carry_error, packed_error, padded_rows
 from lra.conformance_subject import (
     EXACT,
     POISON,
@@ -246,7 +246,7 @@ def packed_agrees(subject: Subject) -> Outcome:
     rows = subject.inputs(1, sum(real), dtype=torch.bfloat16)[0]
     out = half.forward_packed(rows, torch.tensor([0, 64, 94], dtype=torch.int32, device=rows.device), 64)
     _same_form(rows, out)
-    padded = torch.cat([half(part[None])[0] for part in rows.split(real)])
+    padded = padded_rows(subject, half, rows, real, 64)
     if not (error := _rms_error(padded.float(), out.float())) <= HALF:
         return failed(f"in bfloat16 packed and padded differ by {error:.1e}")
     rotary = [None, 10_000.0] if hasattr(subject.probe(max_len=8).first, "qkv") else [None]

@@ -22,16 +22,27 @@ def packed_error(subject: Subject, rotary_base: float | None, limit: int) -> flo
     refilled, refilled_grads = _packed(probe, filler, weight, cu_seqlens, max_len)
 
     x = rows.clone().requires_grad_()
-    alone = [
-        probe(x[None, stop - n : stop])[0] for n, stop in zip(real, cu_seqlens[1:].tolist(), strict=True) if n
-    ]
-    expected = torch.cat(alone)
+    expected = padded_rows(subject, probe, x, real, max_len)
     expected_grads = _gradients((expected * weight).sum(), [x, *probe.parameters()])
     pairs = [(expected, packed), (expected, refilled), *zip(expected_grads, packed_grads, strict=True)]
     pairs += list(zip(expected_grads, refilled_grads, strict=True))
     largest_of_all = max([1e-300, *(grad.abs().max().item() for grad in expected_grads)])
     floor = 1e-6 * largest_of_all  # a gradient that is but rounding is compared with the others' size
     return largest([change(a, b) if a.abs().max() > floor else (b - a).abs().max().item() for a, b in pairs])
+
+
+def padded_rows(subject: Subject, probe: Probe, x: Tensor, real: list[int], max_len: int) -> Tensor:
+    """What the padded path makes of sequences of `real` rows of x [t d] -> [sum of real, d].
+
+    Each is alone and without padding, but for a mechanism that claims to depend on either: then they are one
+    batch of the padded length max_len.
+    """
+    total = sum(real)
+    if subject.traits.length_invariant and subject.traits.batch_invariant:
+        return torch.cat([probe(rows[None])[0] for rows in x[:total].split(real) if len(rows)])
+    mask = subject.prefix(real, max_len)
+    padded = x.new_zeros(*mask.shape, x.shape[-1]).masked_scatter(mask[..., None], x[:total])
+    return probe(padded, mask)[mask]
 
 
 def carry_error(subject: Subject) -> float:

@@ -3,6 +3,7 @@ seed decides.
 """
 
 import math
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ BITS = 32  # of a random number
 KEEP = 2**BITS - 1
 OFFSET = 0x9E3779B9  # 0 scrambled is 0, so draws start elsewhere
 
+# An iterate's norm is at most about 3.25 ** (num_iterations / 2), which so many keep well inside float16.
+SAFE_ITERATIONS = 8
 KERNEL_ROWS = 64  # of a matrix: the kernel's registers hold no more, and torch's larger products are fast
 
 
@@ -28,17 +31,19 @@ def gaussian_kernel(x: Tensor, y: Tensor) -> Tensor:
     return exponent.exp_()
 
 
-def iterated_inverse(a: Tensor, norm: Tensor, num_iterations: int) -> Tensor:
+def iterated_inverse(a: Tensor, norm: Tensor, num_iterations: int, *, exact: bool = True) -> Tensor:
     """The Moore-Penrose inverse of a [... m m], approximately, by the iteration of Razavi et al. 2014.
 
     It starts from A^T / norm; norm: [...], no less than the largest eigenvalue of A A^T. Rows and columns of
     zeros stay zero. Matrices of float32 on a CUDA GPU, up to KERNEL_ROWS wide, go through
-    models/kernels/inverse.py, which has no second derivatives.
+    models/kernels/inverse.py, which has no second derivatives; with `exact` False, which is for softmaxes
+    and at most SAFE_ITERATIONS, through quick_inverse.py beside it, which changes the inverse by some 1e-3 of
+    its norm.
     """
     inverse = a.mT / norm[..., None, None]
     if a.dtype == torch.float32 and a.shape[-1] <= KERNEL_ROWS and num_iterations and runs_kernels(a):
         matrices = (x.reshape(-1, *a.shape[-2:]) for x in (a, inverse))
-        return _iterated_inverse(*matrices, num_iterations)[0].view(a.shape)
+        return _iterated_inverse(*matrices, num_iterations, exact)[0].view(a.shape)
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     for _ in range(num_iterations):
         product = a @ inverse
@@ -46,55 +51,61 @@ def iterated_inverse(a: Tensor, norm: Tensor, num_iterations: int) -> Tensor:
     return inverse
 
 
-@torch.library.custom_op("lra::iterated_inverse", mutates_args=())
-def _iterated_inverse(a: Tensor, start: Tensor, num_iterations: int) -> tuple[Tensor, Tensor]:
-    """a, start: [c m m] -> the inverse, and the iterates before it [k-1 c m m], kept for gradients."""
-    from models.kernels import inverse
+def _inverse_kernels(exact: bool) -> ModuleType:
+    from models.kernels import inverse, quick_inverse
 
-    return inverse.forward(a, start, num_iterations)
+    return inverse if exact else quick_inverse
+
+
+@torch.library.custom_op("lra::iterated_inverse", mutates_args=())
+def _iterated_inverse(a: Tensor, start: Tensor, num_iterations: int, exact: bool) -> tuple[Tensor, Tensor]:
+    """a, start: [c m m] -> the inverse, and the iterates before it, kept for gradients: [k-1 c m m], or with
+    the start [k c m m] in float16 if not `exact`.
+    """
+    return _inverse_kernels(exact).forward(a, start, num_iterations)
 
 
 @_iterated_inverse.register_fake
-def _(a, start, num_iterations):
-    return a.new_empty(a.shape), a.new_empty(num_iterations - 1, *a.shape)
+def _(a, start, num_iterations, exact):
+    if exact:
+        return a.new_empty(a.shape), a.new_empty(num_iterations - 1, *a.shape)
+    return a.new_empty(a.shape), a.new_empty(num_iterations, *a.shape, dtype=torch.float16)
 
 
 @torch.library.custom_op("lra::iterated_inverse_gradients", mutates_args=())
 def _iterated_inverse_gradients(
-    grad: Tensor, a: Tensor, start: Tensor, kept: Tensor
+    grad: Tensor, a: Tensor, start: Tensor, kept: Tensor, exact: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of a and start. It has none itself: autograd raises at a second derivative."""
-    from models.kernels import inverse
-
-    return inverse.backward(grad, a, start, kept)
+    return _inverse_kernels(exact).backward(grad, a, start, kept)
 
 
 @_iterated_inverse_gradients.register_fake
-def _(grad, a, start, kept):
+def _(grad, a, start, kept, exact):
     return a.new_empty(a.shape), a.new_empty(a.shape)
 
 
 def _keep(ctx, inputs, output):
-    a, start, _ = inputs
+    a, start, _, ctx.exact = inputs
     ctx.save_for_backward(a, start, output[1])
 
 
 def _iterated_inverse_backward(ctx, grad, unused):
-    return *_iterated_inverse_gradients(grad, *ctx.saved_tensors), None
+    return *_iterated_inverse_gradients(grad, *ctx.saved_tensors, ctx.exact), None, None
 
 
 _iterated_inverse.register_autograd(_iterated_inverse_backward, setup_context=_keep)
 
 
 @register_flop_formula(torch.ops.lra.iterated_inverse)
-def _inverse_flops(a, start, num_iterations, *, out_shape=None) -> int:
+def _inverse_flops(a, start, num_iterations, exact, *, out_shape=None) -> int:
     return num_iterations * 4 * 2 * math.prod(a) * a[-1]
 
 
 @register_flop_formula(torch.ops.lra.iterated_inverse_gradients)
-def _inverse_gradient_flops(grad, a, start, kept, *, out_shape=None) -> int:
+def _inverse_gradient_flops(grad, a, start, kept, exact, *, out_shape=None) -> int:
     """As torch's products are counted: what is computed again is left out."""
-    return 2 * _inverse_flops(a, start, kept[0] + 1)
+    return 2 * _inverse_flops(a, start, kept[0] + exact, exact)
 
 
 def scrambled(x: Tensor) -> Tensor:

@@ -3,16 +3,17 @@
 Paper    Xiong et al. 2021, arXiv 2102.03902, eq. 15; the iteration for ^+ is that of Razavi et al. 2014
 Computes out = softmax(s Q K~^T) softmax(s Q~ K~^T)^+ softmax(s Q~ K^T) V + conv(V)   with s = 1 / sqrt(d);
          Q~, K~ are means over num_landmarks segments of the sequence, conv is depthwise along the length
-Cost     time O(L M D + M^3), memory O(L M) per head
+Cost     time O(L M D + M^3), memory O(L M) per head, O((L + M) D + M^2) where kernels for rows run
 Exact    if num_landmarks >= length: then it is dense softmax attention (+ conv), as in the released code
 Padding  segments are means over real tokens; segments without one are dropped from both small softmaxes,
-         padded keys from the third; V is zeroed before the convolution
+         padded keys from the third; V is zeroed before the convolution; packed rows are padded, but where
+         kernels for rows run: in half precision on a GPU, with segments of the padded length as elsewhere
 Differs  masks as above (released code: zeroed padding counts in the means, and segments of padding stay as
          landmarks, here `count_padding`); a length that is no multiple of num_landmarks is padded at its end,
          so the last segments may be empty; the start of the inverse is scaled per matrix (released code: per
          batch, here `coupled_start`)
 """
-# b batch, h heads, l length, m landmarks, d head dim
+# b batch, h heads, l length, t packed tokens, m landmarks, d head dim
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +29,14 @@ from models.common import (
     masked_softmax,
     register,
 )
-from models.depthwise import conv_along
-from models.landmarks import iterated_inverse
+from models.depthwise import conv_along, conv_rows
+from models.few_keys import few_keys_attention
+from models.few_queries import few_queries_attention
+from models.few_queries import fits as few_queries_fit
+from models.landmark_rows import LandmarkRows
+from models.landmarks import SAFE_ITERATIONS, iterated_inverse
+from models.packed import pad_packed, unpad_packed
+from models.softmax import even_bounds, flash, flash_runs
 
 
 def segment_means(
@@ -108,6 +115,66 @@ def _through_landmarks(
     return from_queries @ (inverse @ (to_keys @ v))
 
 
+def nystrom_rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_len: int,
+    *,
+    num_landmarks: int,
+    num_iterations: int = 6,
+    conv_weight: Tensor | None = None,
+    coupled_start: bool = False,
+    count_padding: bool = False,
+    filler: bool = True,
+) -> Tensor:
+    """`nystrom_attention` of packed rows padded to max_len > num_landmarks, by kernels that write no
+    scores of rows: for tensors that `flash` takes.
+
+    q, k, v: [t h d], conv_weight: [h 1 kernel 1] -> [t h d]. Landmarks and what is read through them are in
+    the dtype of v where they meet rows; what is between landmarks is in at least float32, but operands of the
+    inverse's products are rounded. `filler` False: every row is a sequence's, and every sequence has one.
+    """
+    landmarks = LandmarkRows.of(cu_seqlens, q.shape[0], max_len, num_landmarks)
+    count, used = landmarks.counts(), None
+    if count_padding:
+        count = torch.full_like(count, landmarks.size)
+    else:
+        used, count = count > 0, count.clamp_min(1)
+    q_mean, k_mean = (total / count[..., None, None] for total in landmarks.sums(q, k))  # [b m h d]
+    with full_precision(v):
+        between = torch.einsum("bmhd,bnhd->bhmn", q_mean * q.shape[-1] ** -0.5, k_mean)
+        between = masked_softmax(between, None if used is None else used[:, None, None, :])
+        if used is not None:
+            between = between * used[:, None, :, None]
+        norm = start_norm(between, coupled_start=coupled_start)
+        inverse = iterated_inverse(between, norm, num_iterations, exact=num_iterations > SAFE_ITERATIONS)
+        to_keys = _read_rows(q_mean.to(v.dtype), k, v, cu_seqlens, max_len, filler=filler)
+        values = torch.einsum("bhmn,bnhd->bmhd", inverse, to_keys.to(inverse.dtype)).to(v.dtype)
+        mixed = few_keys_attention(q, k_mean.to(v.dtype), values, cu_seqlens, max_len, used=used)
+        if conv_weight is not None:
+            mixed = conv_rows(v, conv_weight[:, 0, :, 0], cu_seqlens, max_len, base=mixed)
+    return mixed
+
+
+def _read_rows(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, *, filler: bool) -> Tensor:
+    """Softmax attention from landmarks q [b m h d] to the rows k, v [t h d] of their sequence -> [b m h d].
+
+    With `filler`, of what FlashAttention leaves there and where a sequence has no rows, gradients included,
+    nothing reaches a product.
+    """
+    if few_queries_fit(q, k, v):
+        return few_queries_attention(q, k, v, cu_seqlens, max_len)
+    if filler:
+        some = (cu_seqlens.diff() > 0)[:, None, None, None]
+        real = (torch.arange(k.shape[0], device=k.device) < cu_seqlens[-1])[:, None, None]
+        q, k, v = torch.where(some, q, 0), torch.where(real, k, 0), torch.where(real, v, 0)
+    sizes = even_bounds(q), cu_seqlens.to(torch.int32), q.shape[1], max_len
+    mixed = flash(q.flatten(0, 1), k, v, *sizes, dropout=0.0).unflatten(0, q.shape[:2])
+    return torch.where(some, mixed, 0) if filler else mixed
+
+
 @register("nystrom")
 class Nystrom(Mixer):
     """Projections around `nystrom_attention`; `kernel_size` 0 leaves the convolution out."""
@@ -115,6 +182,7 @@ class Nystrom(Mixer):
     traits = Traits(
         length_invariant=False,
         uses_order=True,
+        packed=True,
         because={"length_invariant": "the segments divide the padded length, not the real one"},
     )
 
@@ -145,15 +213,38 @@ class Nystrom(Mixer):
             bound = kernel_size**-0.5  # the start that torch gives a Conv2d of this shape
             nn.init.uniform_(self.conv_weight, -bound, bound)
         if num_landmarks >= place.max_len:  # dense attention, whatever the length
-            self.traits = Traits(uses_order=kernel_size > 1)
+            self.traits = Traits(uses_order=kernel_size > 1, packed=True)
         elif coupled_start:
             reason = "the start of the inverse takes the largest norm in the batch, as the released code does"
             self.traits = self.traits.but(reason, batch_invariant=False)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    @property
+    def options(self) -> dict:
         options = {"num_landmarks": self.num_landmarks, "num_iterations": self.num_iterations}
         options |= {"coupled_start": self.coupled_start, "count_padding": self.count_padding}
-        return nystrom_attention(q, k, v, mask, conv_weight=self.conv_weight, **options)
+        return {**options, "conv_weight": self.conv_weight}
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        batch_size, _, length, _ = q.shape
+        if mask is not None or not self.by_rows(q, k, v, length):
+            return nystrom_attention(q, k, v, mask, **self.options)
+        rows = [x.transpose(1, 2) for x in (q, k, v)]
+        bounds = even_bounds(rows[0])
+        mixed = nystrom_rows(*(x.flatten(0, 1) for x in rows), bounds, length, filler=False, **self.options)
+        return mixed.unflatten(0, (batch_size, length)).transpose(1, 2)
+
+    def attend_packed(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
+        if self.by_rows(q, k, v, max_len):
+            return nystrom_rows(q, k, v, cu_seqlens, max_len, **self.options)
+        num_rows = q.shape[0]
+        (q, mask), (k, _), (v, _) = (pad_packed(x, cu_seqlens, max_len) for x in (q, k, v))
+        mixed = self.attend(*(x.transpose(1, 2) for x in (q, k, v)), mask)
+        return unpad_packed(mixed.transpose(1, 2), cu_seqlens, num_rows)
+
+    def by_rows(self, q: Tensor, k: Tensor, v: Tensor, max_len: int) -> bool:
+        """True if `nystrom_rows` is to compute these, whatever their layout."""
+        few = self.num_iterations <= SAFE_ITERATIONS or v.dtype == torch.bfloat16
+        return few and max_len > self.num_landmarks and flash_runs(q, k, v)
 
     def state_size(self, length: int) -> int:
         return 2 * min(self.num_landmarks, length) * self.place.num_heads * self.place.head_dim

@@ -3,8 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from interpreter import interpreted
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from models.depthwise import band, conv_along
+from models.depthwise import BLOCK, band, conv_along, conv_rows, fits_kernels
 
 
 def by_torch(v, taps):
@@ -21,6 +24,60 @@ def results(call, v, taps):
 def draw(length, num_taps, dtype=torch.float64, batch_size=2, width=5):
     rows = torch.randn(batch_size, length, 3, 2, width, dtype=dtype)  # views, as a projection gives them
     return rows[:, :, 1].transpose(1, 2), torch.randn(2, num_taps, dtype=dtype)
+
+
+def bounds(lengths, device="cpu"):
+    return torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+
+
+def draw_rows(lengths, num_taps, width, filler=170):
+    """Values as views of a projection, taps, and a tensor to add to with zeros at filler rows."""
+    rows = torch.randn(sum(lengths) + filler, 3, 2, width, dtype=torch.float64)
+    base = torch.randn_like(rows[:, 1]).index_fill(0, torch.arange(sum(lengths), len(rows)), 0)
+    return [rows[:, 1], torch.randn(2, num_taps, dtype=torch.float64), base]
+
+
+def row_results(call, given, lengths, added=True):
+    """The output, and the gradients of values, taps and what is added to."""
+    v, taps, base = leaves = [x.detach().requires_grad_() for x in given]
+    out = call(v, taps, bounds(lengths, v.device), max(lengths), base=base if added else None)
+    real = sum(lengths)
+    weight = torch.linspace(-1, 2, out[:real].numel(), device=v.device, dtype=torch.float64)
+    loss = (out[:real].double().flatten() * weight).sum()
+    return [out, *torch.autograd.grad(loss, leaves if added else leaves[:2])]
+
+
+def test_rows_of_a_sequence_are_convolved_as_if_it_were_alone():
+    lengths = (70, 0, 1, 9)
+    v, taps, base = draw_rows(lengths, 35, 5)
+    found = row_results(conv_rows, (v, taps, base), lengths)
+
+    def alone(v, taps, *rest, base):
+        parts = v[: sum(lengths)].split(lengths)
+        parts = [by_torch(x.transpose(0, 1)[None], taps)[0].transpose(0, 1) for x in parts if len(x)]
+        return base + torch.cat([*parts, torch.zeros_like(v[sum(lengths) :])])
+
+    for a, b in zip(found, row_results(alone, (v, taps, base), lengths), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    without = row_results(conv_rows, (v, taps, base), lengths, added=False)[0]
+    torch.testing.assert_close(without, found[0] - base, rtol=1e-12, atol=1e-12)
+
+
+def test_products_of_the_kernels_are_counted():
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+        bands, x = torch.empty(2, BLOCK, BLOCK + 34, requires_grad=True), torch.empty(100, 2, 8)
+        out = torch.ops.lra.band_rows(bands, x.requires_grad_(), None, torch.empty(4, dtype=torch.int32), 60)
+        torch.autograd.grad(out.sum(), (bands, x))
+    assert counter.get_total_flops() == 3 * 2 * 100 * 2 * 8 * (BLOCK + 34)
+
+
+@pytest.mark.slow
+def test_kernels_in_the_interpreter_equal_float64_in_outputs_and_gradients():
+    """Needs Triton but no GPU. Taps and results are rounded to half precision."""
+    *found, opcheck = interpreted("depthwise")
+    assert len(found) == 6 and opcheck == ["opcheck"]
+    for _, *differences in found:
+        assert all(float(x) < 1e-3 for x in differences), differences
 
 
 @pytest.mark.parametrize(
@@ -72,4 +129,19 @@ def test_on_a_gpu_in_float32_it_equals_float64_and_itself():
     expected = results(by_torch, v.double(), taps.double())
     for a, b, c in zip(found, expected, again, strict=True):
         assert (a.double() - b).norm() < 2e-6 * b.norm()
+        assert torch.equal(a, c)  # bit by bit
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_packed_rows_on_a_gpu_equal_float64_and_themselves(dtype):
+    lengths = (700, 0, 1, 4096, 129)
+    given = [x.cuda() for x in draw_rows(lengths, 35, 32)]
+    given[0], given[2] = given[0].to(dtype), given[2].to(dtype)
+    given[1] = given[1].float()
+    assert fits_kernels(*given[:2])
+    found, again = row_results(conv_rows, given, lengths), row_results(conv_rows, given, lengths)
+    expected = row_results(conv_rows, [x.double() for x in given], lengths)
+    for a, b, c in zip(found, expected, again, strict=True):
+        assert (a.double() - b).norm() < (1e-3 if dtype == torch.float16 else 8e-3) * b.norm()
         assert torch.equal(a, c)  # bit by bit

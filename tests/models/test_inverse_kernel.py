@@ -1,5 +1,7 @@
 """The iterated inverse by Triton kernels: equal to torch's products, in outputs and gradients."""
 
+from functools import partial
+
 import pytest
 import torch
 from interpreter import interpreted
@@ -36,10 +38,27 @@ def differences(a, norm, num_iterations):
     return [((b - a).norm() / a.norm()).item() for a, b in zip(expected, found, strict=True)]
 
 
+def quick_results(a, num_iterations, scale=1.0):
+    """The inverse of quick kernels and the gradient of a."""
+    a = a.detach().requires_grad_()
+    out = iterated_inverse(a, start_norm(a.detach()), num_iterations, exact=False)
+    weight = torch.linspace(-1, 2, out.numel(), device=out.device).view_as(out).mT * scale
+    return [out, *torch.autograd.grad((out.double() * weight).sum(), a)]
+
+
+def quick_differences(a, num_iterations, scale=1.0):
+    found, again = (quick_results(a, num_iterations, scale) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(found, again, strict=True))  # bit by bit
+    expected = quick_results(a.double(), num_iterations, scale)
+    return [((b - a).norm() / a.norm()).item() for a, b in zip(expected, found, strict=True)]
+
+
 def test_is_taken_for_float32_up_to_64_rows(monkeypatch):
     taken = []
     monkeypatch.setattr(landmarks, "runs_kernels", lambda *x: True)
-    monkeypatch.setattr(landmarks, "_iterated_inverse", lambda a, start, n: [start, taken.append(a.shape)])
+    monkeypatch.setattr(
+        landmarks, "_iterated_inverse", lambda a, start, n, exact: [start, taken.append(a.shape)]
+    )
     for shape in ((2, 3, 64, 64), (64, 64), (2, 65, 65)):
         iterated_inverse(torch.ones(shape), torch.ones(shape[:-2]), 2)
         iterated_inverse(torch.ones(shape).double(), torch.ones(shape[:-2]).double(), 2)
@@ -48,24 +67,41 @@ def test_is_taken_for_float32_up_to_64_rows(monkeypatch):
 
 def test_its_products_are_counted_as_those_of_torch_are():
     counts = []
-    for call in (torch.ops.lra.iterated_inverse, iterated_inverse):
+    by_kernels = [partial(torch.ops.lra.iterated_inverse, exact=exact) for exact in (True, False)]
+    for call in (*by_kernels, iterated_inverse):
         with FakeTensorMode(), FlopCounterMode(display=False) as counter:
             a, other = (torch.empty(3, 8, 8, requires_grad=True) for _ in range(2))
             out = call(a, other, 5)[0] if call is not iterated_inverse else call(a, other[:, 0, 0], 5)
             out.sum().backward()
         counts.append(counter.get_total_flops())
-    assert counts[0] == counts[1] == 3 * 5 * 4 * 2 * 8**3 * 3
+    assert counts[0] == counts[1] == counts[2] == 3 * 5 * 4 * 2 * 8**3 * 3
 
 
 @pytest.mark.slow
 def test_in_the_interpreter_it_is_as_near_to_float64_as_torch_in_float32():
     """Needs Triton but no GPU."""
-    *cases, (compiled, *away), opcheck = interpreted("inverse")
+    *cases, (compiled, *away), opcheck = (line for line in interpreted("inverse") if line[0] != "half")
     assert len(cases) == 7 and compiled == "compiled" and opcheck == ["opcheck"]
     assert all(float(x) < 1e-12 for x in away)
     for case in cases:
         by_kernel, by_torch = ([float(x) for x in part] for part in (case[3:6], case[6:9]))
         assert all(a <= 2 * b + 1e-6 for a, b in zip(by_kernel, by_torch, strict=True)), case
+
+
+@pytest.mark.slow
+def test_in_the_interpreter_the_quick_one_is_as_near_as_operands_of_11_bits_let_it():
+    """Needs Triton but no GPU."""
+    cases = [line[1:] for line in interpreted("inverse") if line[0] == "half"]
+    assert len(cases) == 7
+    assert all(float(x) < 5e-3 for case in cases for x in case[3:]), cases
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("size", [6, 16, 33, 64])
+def test_on_a_gpu_the_quick_one_is_near_whatever_the_size_of_its_gradient(size, scale):
+    a, _ = matrices(size, 2.0, batch_size=40)
+    assert all(x < 5e-3 for x in quick_differences(a.cuda(), 6, scale))
 
 
 @pytest.mark.gpu

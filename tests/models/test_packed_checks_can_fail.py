@@ -112,6 +112,29 @@ class HidesAPackedPath(AddsMeans):
     traits = Traits()
 
 
+class DividesByThePaddedLength(AddsMeans):
+    """Conforms, and packed rows alone, without padding, would give something else."""
+
+    traits = Traits(packed=True, length_invariant=False)
+
+    def forward(self, x, mask, carry):
+        out, carry = super().forward(x, mask, carry)
+        share = 1 if mask is None else mask.to(x.dtype).mean(1, keepdim=True)
+        return out, None if carry is None else carry * share
+
+
+class DividesPackedRowsByTheirNumber(DividesByThePaddedLength):
+    def forward_packed(self, x, cu_seqlens, max_len, carry):
+        padded, mask = pad_packed(x, cu_seqlens, max_len)
+        padded, carry = AddsMeans.forward(self, padded, mask, carry)
+        return unpad_packed(padded, cu_seqlens, x.shape[0]), carry
+
+
+def test_a_packed_path_of_the_padded_length_passes_where_that_length_is_claimed_to_matter():
+    found = CHECKS["packed_agrees"](Subject("means", DividesByThePaddedLength))
+    assert found.status == "pass", found
+
+
 @pytest.mark.parametrize("check", ["packed_agrees", "compiles", "capturable"])
 def test_a_block_with_a_packed_path_passes(check):
     found = CHECKS[check](Subject("means", AddsMeans))
@@ -128,6 +151,7 @@ def test_a_block_with_a_packed_path_passes(check):
         ("packed_agrees", TakesThePlaceForTheBatch),
         ("packed_agrees", LetsFillerIn),
         ("packed_agrees", LetsFillerIntoGradients),
+        ("packed_agrees", DividesPackedRowsByTheirNumber),
         ("packed_agrees", ClaimsAPackedPathItHasNot),
         ("packed_agrees", HidesAPackedPath),
         ("compiles", BranchesOnPackedLengths),
