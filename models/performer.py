@@ -23,8 +23,9 @@ from torch import Tensor
 
 from models.common import Mixer, Place, Traits, at_least_fp32, full_precision, register
 from models.exponentials import stable_exponentials
+from models.random_features import feature_attention, fits_kernels
 from models.row_products import matrix_rows, row_apply, sum_chunks
-from models.sums import kernel_attention, segment_attention
+from models.sums import batch_of, kernel_attention, offsets_of, rows_of, segment_attention
 
 KERNELS = ("softmax", "relu")
 
@@ -78,13 +79,17 @@ def favor_attention(
     `features` None is for kernel=relu alone; `double_scaling` divides by d^(1/2) instead of d^(1/4);
     `coupled_stabiliser` takes one c for the keys of all rows and heads.
     """
+    power = 0.5 if double_scaling else 0.25
+    if kernel == "softmax" and not coupled_stabiliser and fits_kernels(q, k, v, features):
+        real = None if mask is None else mask.flatten()
+        options = {"eps": eps, "power": power, "floor": norm_floor(len(features), eps), "real": real}
+        return batch_of(feature_attention(*rows_of(q, k, v), features, *offsets_of(q), **options), q)
     q, k = at_least_fp32(q, k)
     features = None if features is None else features.to(q.dtype)
     with full_precision(q):
         if kernel == "relu":
             q, k = relu_features(q, features, eps), relu_features(k, features, eps)
         else:
-            power = 0.5 if double_scaling else 0.25
             q = positive_features(q, features, lambda top: top, eps=eps, power=power)
             shared = lambda top: largest_of_keys(top, mask, coupled_stabiliser)  # noqa: E731
             k = positive_features(k, features, shared, eps=eps, power=power)
@@ -104,13 +109,16 @@ def favor_attention_packed(
     double_scaling: bool = False,
 ) -> Tensor:
     """`favor_attention` within each packed sequence. q, k: [t h d], v: [t h e] -> [t h e]."""
+    power = 0.5 if double_scaling else 0.25
+    if kernel == "softmax" and fits_kernels(q, k, v, features):
+        options = {"eps": eps, "power": power, "floor": norm_floor(len(features), eps)}
+        return feature_attention(q, k, v, features, cu_seqlens, max_len, **options)
     q, k = at_least_fp32(q, k)
     features = None if features is None else features.to(q.dtype)
     with full_precision(q):
         if kernel == "relu":
             q, k = relu_features(q, features, eps), relu_features(k, features, eps)
         else:
-            power = 0.5 if double_scaling else 0.25
             q = positive_features(q, features, lambda top: top, eps=eps, power=power)
             shared = lambda top: largest_of_sequence(top, cu_seqlens, max_len)  # noqa: E731
             k = positive_features(k, features, shared, eps=eps, power=power)

@@ -54,31 +54,31 @@ def kernel_attention(
     if fits_kernels(q, k, v):
         real = None if mask is None else mask.flatten()
         options = {"eps": eps, "add_eps": add_eps, "feature": feature}
-        out = normalised_sums(*_rows(q, k, v), *_offsets(q), real=real, **options)
-        return _batch(out, q)
+        out = normalised_sums(*rows_of(q, k, v), *offsets_of(q), real=real, **options)
+        return batch_of(out, q)
     sums = kernel_sums(mapped(q, feature), mapped(k, feature), v, mask)
     return divided(*sums, eps, add_eps).to(v.dtype)
 
 
 def _sums_of_rows(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """`kernel_sums` of a padded batch as packed rows of sequences of one length."""
-    mixed, norm = linear_sums(*_rows(q, k, v), *_offsets(q))
-    return _batch(mixed, q), _batch(norm, q)
+    mixed, norm = linear_sums(*rows_of(q, k, v), *offsets_of(q))
+    return batch_of(mixed, q), batch_of(norm, q)
 
 
-def _rows(*padded: Tensor) -> tuple[Tensor, ...]:
+def rows_of(*padded: Tensor) -> tuple[Tensor, ...]:
     """Each [b h l d] -> [b*l h d]."""
     return tuple(x.transpose(1, 2).flatten(0, 1) for x in padded)
 
 
-def _offsets(q: Tensor) -> tuple[Tensor, int]:
+def offsets_of(q: Tensor) -> tuple[Tensor, int]:
     """`cu_seqlens` and `max_len` of such rows."""
     batch_size, _, length, _ = q.shape
     return length * torch.arange(batch_size + 1, dtype=torch.int32, device=q.device), length
 
 
-def _batch(rows: Tensor, q: Tensor) -> Tensor:
-    """The inverse of `_rows`."""
+def batch_of(rows: Tensor, q: Tensor) -> Tensor:
+    """The inverse of `rows_of`."""
     return rows.unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2)
 
 
