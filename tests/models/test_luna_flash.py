@@ -160,6 +160,7 @@ def with_gradients(steps, rows, slots, *rest):
 def test_both_steps_equal_explicit_ones_on_a_gpu(triton, num_slots, hidden, dtype, compiled):
     rows, slots, cu_seqlens = drawn(dtype, num_slots)
     used = torch.arange(num_slots, device="cuda") < cu_seqlens.diff()[:, None] if hidden else None
+    torch._dynamo.reset()  # more cases than it would keep compiled forms
     steps = torch.compile(both_steps, fullgraph=True) if compiled else both_steps
     with kernels(triton):
         found = with_gradients(steps, rows, slots, cu_seqlens, used)
