@@ -22,9 +22,12 @@ VERBS = {
     "data": "prepare, verify, show, stats, export: the data of a task",
     "list": "models, tasks or papers",
     "table": "records as a table",
-    "plot": "accuracy against speed as a figure",
+    "plot": "records as figures: speed, cost, curves, lengths, heat",
+    "report": "records as one page for a browser: tables, figures, runs",
     "check-model": "the conformance suite for one mechanism",
 }
+
+AGAIN = {"data": "", "measure": "; the same command goes on with the cells that are left"}  # no checkpoints
 
 USAGE = """usage: lra VERB [key=value ...] [--flags]
 
@@ -70,11 +73,11 @@ def _main(argv: list[str]) -> int:
             print(f"lra: {error}", file=sys.stderr)
         return BAD_INPUT
     except Stop as stop:
-        again = "" if argv[0] == "data" else "; the same command goes on from the last checkpoint"
+        again = AGAIN.get(argv[0], "; the same command goes on from the last checkpoint")
         print(f"lra: {stop}{again}", file=sys.stderr)
         return stop.exit_status
     except KeyboardInterrupt:
-        again = "" if argv[0] == "data" else "; runs that had begun go on from their last checkpoint"
+        again = AGAIN.get(argv[0], "; runs that had begun go on from their last checkpoint")
         print(f"lra: interrupted{again}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
@@ -106,6 +109,7 @@ def _verbs() -> dict[str, Callable[[list[str]], int]]:
         "list": _list,
         "table": _table,
         "plot": _plot,
+        "report": _report,
         "check-model": _check_model,
     }
 
@@ -182,20 +186,43 @@ def _measure(argv: list[str]) -> int:
     parser = Parser(
         prog="lra measure",
         description="Time and peak memory of a training step or a forward pass on full rows of made-up "
-        "tokens. Comma lists are expanded; also mode=train,infer and tokens=N (rows a batch = N / length).",
+        "tokens. Comma lists are expanded; also mode=train,infer, tokens=N (rows a batch = N / length), "
+        "model=all, and preset=NAME, a list of cells kept in a file, to which overrides may be added. "
+        "Done cells are only read: the same command goes on where one stopped.",
     )
     parser.add_argument("--force", action="store_true", help="measure again what is on disk")
+    parser.add_argument(
+        "--time-limit",
+        type=float,
+        metavar="SECONDS",
+        help="begin no further cell after so long; exit status 1",
+    )
+    parser.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="the I-th of N processes, each on its own device, that share the list: mechanisms dealt in turn",
+    )
     args = _overrides(parser, argv)
     from lra.measure import measure
+    from lra.measuring_display import Display
 
-    records = measure(args.overrides, force=args.force, on_record=_say_cell)
-    _print_table(records, "measure")
-    return OK if all(record.status == "ok" for record in records) else SOME_FAILED
-
-
-def _say_cell(record) -> None:
-    result = f"{record.step_ms:.2f} ms" if record.status == "ok" else f"{record.status}: {record.reason}"
-    print(f"{record.model} {record.length} {record.extra['mode']}: {result}", file=sys.stderr)
+    with Display() as display:
+        records = measure(
+            args.overrides,
+            force=args.force,
+            shard=args.shard,
+            time_limit=args.time_limit,
+            watcher=display,
+        )
+    if records:
+        _print_table(records, "measure")
+    if display.left:
+        left = f"{display.left} of {len(display.cells)} cells"
+        print(f"lra: the time limit left {left}; the same command goes on", file=sys.stderr)
+    if display.elsewhere:
+        print(f"lra: {display.elsewhere} cells are measured by another process just now", file=sys.stderr)
+    whole = not (display.left or display.elsewhere)
+    return OK if whole and all(record.status == "ok" for record in records) else SOME_FAILED
 
 
 def _print_table(records: list, folder: str = "") -> None:
@@ -238,6 +265,12 @@ def _plot(argv: list[str]) -> int:
     from lra.report.cli import plot_main
 
     return plot_main(argv)
+
+
+def _report(argv: list[str]) -> int:
+    from lra.report.page_cli import report_main
+
+    return report_main(argv)
 
 
 def _check_model(argv: list[str]) -> int:

@@ -7,6 +7,7 @@ instead.
 
 import copy
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -39,12 +40,19 @@ class Trial:
         elementwise. Layers that activation checkpointing runs twice count twice. None if kernels ran that it
         cannot see into.
         """
+        return self._count(lambda: self.step.train(batches, plans, lr=0.0))
+
+    def forward_flops(self, batches: Batches, plan: Plan) -> int | None:
+        """The same of one forward pass in evaluation mode."""
+        return self._count(lambda: self.step.predict(batches, plan))
+
+    def _count(self, call: Callable[[], object]) -> int | None:
         counter = FlopCounterMode(display=False)
         # The counter knows the fused kernels of a GPU but not the CPU's, so there attention runs as products.
         explicit = sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext()
         kernels = registry.load_models().fla_kernels
         with self._fork(), explicit, counter, kernels.choices() as made:
-            self.step.train(batches, plans, lr=0.0)
+            call()
         return None if kernels.taken(made) else counter.get_total_flops()
 
     def cpu_peak_mib(self, batches: Batches, plans: list[Plan]) -> float:
@@ -54,15 +62,35 @@ class Trial:
         with self._fork():
             self.step.train(batches, plans, lr=0.0)
             peak = peak_bytes(lambda: self.step.train(batches, plans, lr=0.0))
-            return (self._persistent_bytes() + peak) / MIB
-
-    def _persistent_bytes(self) -> int:
-        optimizer = self.step.optimizer
-        tensors = [optimizer.weights, optimizer.gradients, *optimizer.state().values()]
-        return sum(x.numel() * x.element_size() for x in [*tensors, *self.step.model.buffers()])
+            return (weight_bytes(self.step) + optimizer_bytes(self.step) + peak) / MIB
 
     def _fork(self):
         return torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
+
+
+def weight_bytes(step: Step) -> int:
+    """Of the parameters and buffers of the model, as they lie in memory."""
+    trained = {id(p) for p in step.optimizer.parameters}
+    others = [p for p in step.model.parameters() if id(p) not in trained]
+    return sum(x.nbytes for x in [step.optimizer.weights, *others, *step.model.buffers()])
+
+
+def optimizer_bytes(step: Step) -> int:
+    """Of the gradients and of what the optimizer keeps for each weight."""
+    optimizer = step.optimizer
+    tensors = [optimizer.gradients, *optimizer.state().values(), optimizer.lr_scale, optimizer.decay]
+    return sum(x.nbytes for x in tensors if x is not None)
+
+
+def moved_bytes_at_least(weights: float, optimizer: float, activations: float) -> float:
+    """A lower bound of what one step reads and writes, from the parts of its peak memory, in their unit.
+
+    The update reads and writes every weight, gradient and moment (inference, with `optimizer` 0, only reads
+    the weights); what is live at the peak was written once and is read once. What was freed before the peak
+    and what is read again come on top, so that the true traffic is larger, often several times. No counter
+    gives it. Memory that a library reserves and leaves alone is the one part that may not move.
+    """
+    return (2 if optimizer else 1) * weights + 2 * optimizer + 2 * activations
 
 
 def peak_bytes(function) -> int:

@@ -4,6 +4,7 @@ import logging
 import os
 import platform
 import random
+import shlex
 import socket
 import subprocess
 import sys
@@ -134,5 +135,5 @@ def host() -> str:
 
 
 def command() -> str:
-    """The command line as typed, with the program's name alone."""
-    return " ".join(["lra", *sys.argv[1:]])
+    """The command line as a shell takes it, with the program's name alone."""
+    return shlex.join(["lra", *sys.argv[1:]])

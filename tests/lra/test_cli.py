@@ -140,12 +140,12 @@ def test_measure_needs_no_data_and_is_read_again_the_second_time(tmp_path, monke
 
 
 def test_out_of_memory_is_a_cell_of_the_measure_table(monkeypatch, capsys):
-    from lra import measure
+    from lra import measuring
 
-    def fail(config, mode, device):
+    def fail(cell):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
 
-    monkeypatch.setattr(measure, "_measure", fail)
+    monkeypatch.setattr(measuring, "_measure", fail)
     assert main(["measure", "model=identity", "length=64"]) == 1
     assert "oom" in capsys.readouterr().out
 
@@ -179,12 +179,3 @@ def test_flops_count_attention_of_either_kernel_alike(capsys):
     assert main(argv) == 0
     flops = {r.flops_per_step for r in map(records.read, (records.runs_root() / "measure").iterdir())}
     assert len(flops) == 1
-
-
-def test_tokens_fix_the_batch_by_the_length():
-    from lra.measure import cells
-
-    found = {config.length: config.batch_size for config, _ in cells(["length=64,1024", "tokens=2048"])}
-    assert found == {64: 32, 1024: 2}
-    ((config, _),) = cells(["length=64", "tokens=4096", "train.micro_batch=48"])
-    assert (config.batch_size, config.train.micro_batch) == (64, 48), "the default batch has 32 rows"
