@@ -26,9 +26,9 @@ from omegaconf.errors import OmegaConfBaseException
 from lra import registry, tasks
 from lra.errors import UserError, unknown
 from lra.idle import refuse_idle_settings
-from lra.schema import BackboneConfig, ModelConfig, PaperConfig, TrainConfig, check, semantic
+from lra.schema import BackboneConfig, ModelConfig, PaperConfig, TrackerConfig, TrainConfig, check, semantic
 
-GROUPS = ("task", "model", "paper", "train", "launcher")
+GROUPS = ("task", "model", "paper", "train", "launcher", "tracker")
 TOP_LEVEL = ("length", "seed", "batch_size")
 EVALUATIONS = 10  # a run, where the config does not say
 
@@ -59,6 +59,7 @@ class RunConfig:
     batch_size: int
     deviations: tuple[str, ...] = ()
     overrides: tuple[str, ...] = ()
+    tracker: TrackerConfig = TrackerConfig()
 
     @property
     def padded_length(self) -> int:
@@ -119,6 +120,7 @@ class RunConfig:
             "length": self.length,
             "seed": self.seed,
             "batch_size": self.batch_size,
+            "tracker": dataclasses.asdict(self.tracker),
         }
 
 
@@ -238,6 +240,7 @@ def _known_keys(task: str, model: str, target: str | None) -> list[str]:
     known = list(TOP_LEVEL)
     known += [f"task.{f.name}" for f in dataclasses.fields(tasks.get(task)) if f.name != "name"]
     known += [f"train.{f.name}" for f in dataclasses.fields(TrainConfig)]
+    known += [f"tracker.{f.name}" for f in dataclasses.fields(TrackerConfig) if f.name != "name"]
     known += [f"model.{f.name}" for f in dataclasses.fields(BackboneConfig)]
     known += [f"model.{name}" for name in registry.own_names(model, target)]
     if model == "custom":
@@ -285,6 +288,7 @@ def _resolve(raw: dict[str, Any], any_length: bool) -> RunConfig:
         length=length,
         seed=raw["seed"],
         batch_size=raw["batch_size"],
+        tracker=_typed(TrackerConfig, raw["tracker"], "tracker."),
     )
 
 

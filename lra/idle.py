@@ -1,5 +1,6 @@
 """Settings that would change nothing under the others of a run: on the command line they are an error."""
 
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from hydra.core.override_parser.types import Override
@@ -31,6 +32,8 @@ def refuse_idle_settings(run: "RunConfig", values: list[Override]) -> None:
     if run.model.backbone.norm != "batch":
         idle["model.norm_stats"] = "only model.norm=batch has batch statistics"
     idle |= _idle_by_choice(run)
+    if run.tracker.name == "none":
+        idle |= {f"tracker.{f.name}": "tracker=none tracks nothing" for f in fields(run.tracker)}
     if run.model.name == "hybrid":
         layers = 1 if run.model.backbone.tied_layers else run.model.backbone.num_layers
         if len(run.model.own["layers"]) > layers and "model.layers" in {v.key_or_group for v in values}:

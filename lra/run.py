@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import yaml
 
-from lra import environment, parallel, records, registry, workbench
+from lra import environment, parallel, records, registry, tracking, workbench
 from lra.assembly import build_model, check_recompute, choose_layout, choose_step
 from lra.config import RunConfig, compose
 from lra.data.prepare import prepare
@@ -30,6 +30,7 @@ FINAL = ("ok", "diverged", "unsupported")  # statuses that another try would onl
 
 def check(config: RunConfig) -> None:
     """Raises UserError for what would only show when the run begins, as sizes that do not fit."""
+    tracking.check(config.tracker)
     world = parallel.world()
     parallel.check_batch(config.batch_size, config.train.micro_batch, world)
     choose_layout(config)
@@ -86,11 +87,13 @@ def execute(
         if record is not None:
             log.info("%s is done already (%s)", record.run_id, record.status)
             return record
-        record = describe(config, store)
+        record = dataclasses.replace(describe(config, store), **labels)
+        resumed = (folder / LAST).is_file()
+        tracker = held.enter_context(tracking.start(config, record, folder, resumed=resumed))
         kernels = registry.load_models().fla_kernels
         try:
             with kernels.choices() as made:
-                record = train(record, config, store, folder, progress, runs)
+                record = train(record, config, store, folder, progress, runs, on_line=tracker.line)
         finally:
             if parallel.world().size == 1:  # of several, each process makes one run and ends
                 if record.status != "ok":
@@ -98,9 +101,10 @@ def execute(
                 release_memory()
         if package := kernels.taken(made):
             record = dataclasses.replace(record, extra={**record.extra, "recurrence_kernel": package})
-        record = dataclasses.replace(record, data_s=data_s, **labels)
+        record = dataclasses.replace(record, data_s=data_s)
         if parallel.is_first():
             with stop_requested() as stop:  # torchrun sends a signal as soon as another process has failed
+                record = tracker.end(record)
                 records.write(record, folder)
             if stop.signal is not None:
                 raise Stop(stop.signal)
@@ -142,6 +146,7 @@ def train(
     folder: Path,
     progress: Progress | None,
     runs: int = 1,
+    on_line: Progress | None = None,
 ) -> Record:
     """The record with what training measured, or with the status and reason of its failure."""
     trainer = None
@@ -149,7 +154,7 @@ def train(
         reason = f"{config.model.label} cannot mask single positions, which task.black=padding asks for"
         return dataclasses.replace(record, status="unsupported", reason=reason)
     try:
-        trainer = Trainer(config, store, folder, progress=progress, runs=runs)
+        trainer = Trainer(config, store, folder, progress=progress, on_line=on_line, runs=runs)
         device = trainer.device
         record = dataclasses.replace(
             record,

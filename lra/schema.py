@@ -165,6 +165,22 @@ class PaperConfig:
     task_deviations: list[TaskDeviation] = field(default_factory=list)  # the same, of one task's recipe
 
 
+@dataclass(frozen=True)
+class TrackerConfig:
+    """Where runs are shown while they go on; no part of what they are. A None is left to wandb's own
+    settings, as is mode=auto.
+    """
+
+    name: str = setting("none", choices=("none", "wandb"), semantic=False)
+    mode: str = setting("auto", choices=("auto", "online", "offline", "disabled"), semantic=False)
+    project: str | None = setting(None, semantic=False)
+    entity: str | None = setting(None, semantic=False)
+    group: str | None = setting(None, semantic=False)  # None: the sweep
+    tags: list[str] = field(default_factory=list, metadata={"semantic": False})
+    notes: str | None = setting(None, semantic=False)
+    figures: bool = setting(True, semantic=False)  # of a sweep, when it has ended
+
+
 def check(config: Any, prefix: str) -> None:
     """Raises UserError for a value outside the choices or bounds of its field, and for NaN and infinity."""
     for f in dataclasses.fields(config):

@@ -66,12 +66,16 @@ class Trainer:
         folder: Path,
         *,
         progress: Progress | None = None,
+        on_line: Progress | None = None,
         runs: int = 1,
     ) -> None:
-        """`runs`: how many runs of this process are likely to differ from this one in the seed alone."""
+        """`on_line` hears each line of metrics.jsonl. `runs`: how many runs of this process are likely to
+        differ from this one in the seed alone.
+        """
         self.started = time.perf_counter()
         self.config, self.store, self.folder = config, store, folder
         self.progress = progress or (lambda event: None)
+        self.on_line = on_line or (lambda line: None)
         self.world = parallel.world()
         self.first = self.world.rank == 0  # of the processes of this run; it alone writes
         train = config.train
@@ -316,6 +320,7 @@ class Trainer:
             return
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
+        self.on_line(line)
 
     # Checkpoints: everything that the rest of the run depends on.
 

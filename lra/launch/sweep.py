@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lra import environment, parallel, run
+from lra import environment, parallel, run, tracking
 from lra.config import RunConfig, compose, expand
 from lra.errors import Agreed, UserError
 from lra.launch.display import Display
@@ -55,12 +55,13 @@ def _run_here(config: RunConfig, *, force: bool, labels: dict[str, Any]) -> Reco
     run_id = config.run_id(store.data_hash)
     if not parallel.is_first():
         return run.execute(config, force=force, **labels)
-    with Display(1) as display:
+    with Display([Job(run_id, config.overrides)]) as display:
         display({"kind": "start", "run_id": run_id})
         record = run.execute(
             config, progress=lambda event: display({"kind": "progress", **event}), force=force, **labels
         )
         display({"kind": "end", "record": record})
+    _tell(display.console, [record])
     return record
 
 
@@ -93,7 +94,17 @@ def _run_sweep(configs: list[RunConfig], *, force: bool, labels: dict[str, Any])
     if finished:
         console.print(f"{len(finished)} of {len(order)} runs are done already", highlight=False)
     if jobs:
-        with Display(len(jobs), console=console) as display:
-            for record in run_all(jobs, on_event=display):
-                finished[record.run_id] = record
-    return [finished[run_id] for run_id in order if run_id in finished]
+        with Display(jobs, console=console) as display:
+            made = run_all(jobs, on_event=display)
+        finished |= {record.run_id: record for record in made}
+    ended = [finished[run_id] for run_id in order if run_id in finished]
+    if jobs:
+        tracking.end_sweep(configs[0].tracker, labels["sweep"], ended)
+        _tell(console, made, labels["sweep"])
+    return ended
+
+
+def _tell(console: Console, made: list[Record], sweep: str | None = None) -> None:
+    """Where to look for what was tracked."""
+    if line := tracking.told(made, sweep):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
