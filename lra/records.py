@@ -326,7 +326,9 @@ def load(paths: str | Path | Iterable[str | Path] | None = None) -> "pd.DataFram
 
     A path is a run folder, a parent of run folders (searched to any depth, `attempts/` left out), a record
     file or a `.jsonl` file with one record per line. `path` is the run folder, or `file.jsonl:line`. The
-    same record met twice counts once. Fields without a simple type stay objects.
+    same record met twice counts once. Fields without a simple type stay objects, what is not known is NA.
+    UserError if a path is missing, holds no records, or holds a broken one. For example the accuracy of each
+    mechanism: `load("results/x.jsonl").groupby(["task", "model"]).test_accuracy.agg(["mean", "std"])`.
     """
     if paths is None:
         paths = [runs_root()]
@@ -374,6 +376,8 @@ def _read_lines(path: Path) -> Iterator[tuple[Record, str]]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (ValueError, OSError) as error:
         raise UserError(f"cannot read '{path}': {error}; mend it or name another file") from error
+    if lines and not _holds_records(path):
+        raise UserError(f"no records in '{path}': its first line has no run_id and status; {_NEXT}")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

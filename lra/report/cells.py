@@ -26,6 +26,8 @@ class Table:
     footnotes: list[str] = field(default_factory=list)
     data: list[dict] = field(default_factory=list)
     matrix: bool = False  # columns of one kind: a narrow terminal continues them below
+    keys: int = 1  # how many columns, from the first, say which row it is
+    warnings: list[str] = field(default_factory=list)  # what forbids a comparison that the table invites
 
 
 def accuracy_text(summary: stats.Summary, letters: str) -> str:
@@ -65,8 +67,17 @@ def si(value: float | None, space: str = "") -> str:
     """A large number with a prefix: `842`, `12.3k`, `1.24M`."""
     if value is None:
         return "-"
-    for scale, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for scale, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= scale * 0.9995:
             digits = 2 if abs(value) < 9.995 * scale else 1 if abs(value) < 99.95 * scale else 0
             return f"{value / scale:.{digits}f}{space}{prefix}"
     return f"{value:.0f}"
+
+
+def p_text(value: float | None) -> str:
+    """A p-value to two digits: `0.35`, `0.012`, `< 0.001`."""
+    if value is None:
+        return "-"
+    if value < 0.001:
+        return "< 0.001"
+    return f"{value:.3f}" if value < 0.0995 else f"{value:.2f}"

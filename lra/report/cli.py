@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from lra import records
@@ -11,7 +12,7 @@ from lra.errors import UserError, unknown
 from lra.report import render
 from lra.report.tables import BY, build
 
-BY_SUFFIX = {".md": "md", ".csv": "csv"}
+BY_SUFFIX = {".md": "md", ".csv": "csv", ".tex": "latex", ".html": "html", ".htm": "html"}
 
 
 def table_main(argv: list[str]) -> int:
@@ -19,40 +20,71 @@ def table_main(argv: list[str]) -> int:
     parser = Parser(
         prog="lra table", description="Records to tables: intervals, ties, published numbers, cost."
     )
-    _add_runs(parser)
+    add_runs(parser)
     parser.add_argument("--by", help=f"{' or '.join(BY)} (default: length)")
     parser.add_argument(
         "--format", help=f"{', '.join(render.FORMATS)} (default: by the output's suffix, else text)"
+    )
+    parser.add_argument(
+        "--pairs",
+        action="store_true",
+        help="also every pair of rows: difference, interval, four paired tests",
     )
     parser.add_argument("-o", "--output", type=Path, help="file to write (default: print)")
     options = parser.parse_args(argv)
     form = options.format or BY_SUFFIX.get(options.output.suffix.lower() if options.output else "", "text")
     if form not in render.FORMATS:
         raise unknown("table format", form, render.FORMATS)
-    tables = build(records.load(options.runs or None), options.by)
+    tables = build(records.load(options.runs or None), options.by, pairs=options.pairs)
     if options.output:
-        _write(options.output, render.render(tables, form))
+        write_text(options.output, render.render(tables, form))
+        print(options.output)
     else:
         sys.stdout.write(render.render(tables, form, width=render.terminal_width()))
     return 0
 
 
 def plot_main(argv: list[str]) -> int:
-    """Draws accuracy against speed and names the files it wrote."""
-    parser = Parser(prog="lra plot", description="Accuracy against speed; marker area is peak memory.")
-    _add_runs(parser)
-    parser.add_argument(
-        "-o", "--output", type=Path, default=Path("accuracy_speed.png"), help=".png, .svg or .pdf"
-    )
-    options = parser.parse_args(argv)
-    from lra.report.plots import accuracy_speed
+    """Draws one kind of figure and names the files it wrote."""
+    from lra.report import figures
 
-    for path in accuracy_speed(records.load(options.runs or None), options.output):
+    kinds = "\n".join(f"  {kind:<8} {what}" for kind, what in figures.KINDS.items())
+    parser = Parser(
+        prog="lra plot",
+        usage="lra plot [KIND] [RUNS ...] [-o FILE] [--models A,B]",
+        description=f"Records to figures. KIND is one of (default: speed)\n{kinds}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_runs(parser)
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        help=".png, .svg or .pdf (default: KIND.png, accuracy_speed.png for speed)",
+    )
+    parser.add_argument("--models", help="mechanisms to draw in colour, with commas (cost, curves, lengths)")
+    options = parser.parse_args(argv)
+    kind, runs = _kind(options.runs, figures.KINDS)
+    output = options.output or Path("accuracy_speed.png" if kind == "speed" else f"{kind}.png")
+    models = [name for name in (options.models or "").split(",") if name]
+    for path in figures.write(kind, records.load(runs or None), output, models):
         print(path)
     return 0
 
 
-def _add_runs(parser: argparse.ArgumentParser) -> None:
+def _kind(given: list[str], kinds: Iterable[str]) -> tuple[str, list[str]]:
+    """The kind of figure and the runs; a first word that is no file is a kind, unless it reads as a path."""
+    if not given or Path(given[0]).exists():
+        return "speed", given
+    if given[0] in kinds:
+        return given[0], given[1:]
+    if any(mark in given[0] for mark in (os.sep, ".")):
+        return "speed", given
+    raise UserError(f"{unknown('figure', given[0], kinds)}; and no file or folder has this name")
+
+
+def add_runs(parser: argparse.ArgumentParser) -> None:
+    """The argument of every verb that reads records."""
     parser.add_argument(
         "runs",
         nargs="*",
@@ -61,7 +93,8 @@ def _add_runs(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all; UserError if that cannot be."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_text(text, encoding="utf-8")

@@ -1,5 +1,6 @@
 """From a frame of records to groups of rows that may be ranked together; a row is one mechanism's runs."""
 
+import itertools
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -89,14 +90,13 @@ class Row:
         """`ok` if any run ended well, else the most frequent status."""
         return "ok" if self.ok else Counter(run["status"] for run in self.runs).most_common(1)[0][0]
 
+    @cached_property
     def correct(self) -> np.ndarray | str:
         """Which test examples each seed got right, bool [n N]; or what a paired test lacks."""
-        if len(self.ok) < 2:
-            return "a second seed"
         arrays = [
             records.load_correct(run["path"]) if Path(run["path"]).is_dir() else None for run in self.ok
         ]
-        if any(a is None for a in arrays):
+        if not arrays or any(a is None for a in arrays):
             return "test predictions with labels"
         if len({a.size for a in arrays}) > 1:
             return "seeds tested on the same examples"
@@ -116,6 +116,9 @@ class Group:
     facts: dict
     rows: list[Row]
     num_paired: int = 0  # test examples behind the letters
+    tests: dict[tuple[str, str], tuple[stats.Difference, float]] = field(
+        default_factory=dict
+    )  # labels of two rows, the better one first: the joint test of their difference, its p-value after Holm
     marks: list[str] = field(default_factory=list)  # facts that tell two groups of one title apart
 
     @property
@@ -150,13 +153,18 @@ class Group:
 def data_title(facts: dict) -> str:
     """Task, length, variant and origin: `ListOps (2,000 tokens, regenerated)`."""
     inside = [f"{facts['length']:,} tokens"] if facts.get("length") is not None else []
-    variant = str(facts.get("data_variant") or "")
-    for usual in (f"{facts['task']}-{facts.get('length')}", facts["task"]):  # what the title says already
-        if variant == usual or variant.startswith(f"{usual} ("):
-            variant = variant[len(usual) + 2 : -1]
-    inside += [part for part in (variant, str(facts.get("data_origin") or "").replace("_", " ")) if part]
+    inside += data_parts(facts)
     name = TASK_TITLES.get(facts["task"], facts["task"])
     return f"{name} ({', '.join(inside)})" if inside else name
+
+
+def data_parts(facts: dict) -> list[str]:
+    """The variant, as far as task and length do not say it already, and the origin."""
+    variant = str(facts.get("data_variant") or "")
+    for usual in (f"{facts['task']}-{facts.get('length')}", facts["task"]):
+        if variant == usual or variant.startswith(f"{usual} ("):
+            variant = variant[len(usual) + 2 : -1]
+    return [part for part in (variant, str(facts.get("data_origin") or "").replace("_", " ")) if part]
 
 
 def recipe_title(facts: dict) -> str:
@@ -245,7 +253,7 @@ def measure_groups(frame: "pd.DataFrame") -> list[Group]:
 
 def _by_time(row: Row) -> tuple:
     step_ms = row.mean("step_ms")
-    return (step_ms is None, step_ms or 0.0, row.label)
+    return (row.mechanism in FLOORS, step_ms is None, step_ms or 0.0, row.label)
 
 
 def _partition(runs: list[dict], key: tuple[str, ...]) -> list[tuple[dict, list[dict]]]:
@@ -337,19 +345,26 @@ def rank(rows: list[Row]) -> list[Row]:
 def _give_letters(group: Group) -> None:
     paired, size = [], None
     for row in group.rows:
-        correct = row.correct() if row.ok else None
-        if isinstance(correct, str):
-            row.no_letters = correct
-        elif correct is not None and size in (None, correct.shape[1]):
-            size = correct.shape[1]
-            paired.append((row, correct))
-        elif correct is not None:
+        if len(row.ok) < 2:
+            row.no_letters = "a second seed" if row.ok else None
+        elif isinstance(row.correct, str):
+            row.no_letters = row.correct
+        elif size in (None, row.correct.shape[1]):
+            size = row.correct.shape[1]
+            paired.append(row)
+        else:
             row.no_letters = "the other rows' test examples"
     if len(paired) < 2:
         return
     group.num_paired = size or 0
-    letters = stats.tie_letters([correct for _, correct in paired])
-    for (row, _), letter in zip(paired, letters, strict=True):
+    correct = [row.correct for row in paired]
+    found = stats.differences(correct)
+    adjusted = stats.holm([difference.p_value for difference in found])
+    for (a, b), test in zip(
+        itertools.combinations(paired, 2), zip(found, adjusted.tolist(), strict=True), strict=True
+    ):
+        group.tests[a.label, b.label] = test
+    for row, letter in zip(paired, stats.tie_letters(correct, adjusted=adjusted), strict=True):
         row.letters = letter
 
 

@@ -23,9 +23,11 @@ class Box:
 
     def overlap(self, other: "Box") -> float:
         """Area that both cover."""
+        apart = self.right <= other.left or other.right <= self.left
+        if apart or self.top <= other.bottom or other.top <= self.bottom:
+            return 0.0
         width = min(self.right, other.right) - max(self.left, other.left)
-        height = min(self.top, other.top) - max(self.bottom, other.bottom)
-        return max(0.0, width) * max(0.0, height)
+        return width * (min(self.top, other.top) - max(self.bottom, other.bottom))
 
     def outside(self, frame: "Box") -> float:
         """Area that does not lie in `frame`."""
@@ -90,6 +92,29 @@ def place_labels(spots: list[Spot], obstacles: list[Box], frame: Box, *, gap: fl
         box = boxes[index][best or 0]
         centre = (box.left + box.right) / 2, (box.bottom + box.top) / 2
         places.append(Place(*centre, distances[index][best or 0], doubts[index][best or 0]))
+    return places
+
+
+def stack(wanted: list[float], height: float, low: float, high: float) -> list[float]:
+    """Centres of labels in one column between `low` and `high`, in the order of the ones they want.
+
+    None overlaps another, and the sum of squares by which they miss what they want is the least possible.
+    The column has to hold them all.
+    """
+    assert len(wanted) * height <= high - low + 1e-6, "a column too short for its labels"
+    order = sorted(range(len(wanted)), key=lambda i: (wanted[i], i))
+    blocks: list[list[float]] = []  # [sum, count] of wanted places, each less the height of what lies below
+    for rank, index in enumerate(order):
+        blocks.append([wanted[index] - rank * height, 1])
+        while len(blocks) > 1 and blocks[-2][0] / blocks[-2][1] > blocks[-1][0] / blocks[-1][1]:
+            total, count = blocks.pop()
+            blocks[-1][0] += total
+            blocks[-1][1] += count
+    free = [total / count for total, count in blocks for _ in range(int(count))]
+    last = high - height / 2 - (len(wanted) - 1) * height
+    places = [0.0] * len(wanted)
+    for rank, (index, place) in enumerate(zip(order, free, strict=True)):
+        places[index] = min(max(place, low + height / 2), last) + rank * height
     return places
 
 

@@ -2,13 +2,23 @@
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lra.errors import UserError
 from lra.report import groups as grouping
 from lra.report.cells import number
-from lra.report.figure import FAINT, INK, LOOK, check_path, save
+from lra.report.figure import (
+    FAINT,
+    GRID,
+    INK,
+    NOTE,
+    NamedFigure,
+    NoMaterial,
+    fit,
+    heading,
+    new,
+    text_size,
+    tick,
+)
 from lra.report.groups import Group, Row
 from lra.report.labels import Box, Spot, place_labels
 from lra.report.style import Style, styles
@@ -19,7 +29,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PANELS = 4  # per figure
+CROWD = 20  # points past which a panel has a figure of its own, and smaller markers
 LARGEST, SMALLEST, UNKNOWN = 560.0, 12.0, 32.0  # drawn areas in square points
+LARGEST_IN_CROWD = 260.0
 LEVELS = {"identity": (0, (5, 3)), "majority class": (0, (1, 2))}  # line styles
 SPEEDS = {"tokens_per_s": "tokens/s", "examples_per_s": "examples/s"}
 
@@ -41,16 +53,11 @@ class _Panel:
     left_out: list[str]
 
 
-def accuracy_speed(frame: "pd.DataFrame", path: str | Path) -> list[Path]:
-    """Draws accuracy against training speed, a panel per task, length and conditions; returns the files.
+def accuracy_speed(frame: "pd.DataFrame") -> list[NamedFigure]:
+    """Accuracy against training speed, a panel per task, length and conditions, up to four in a figure.
 
-    More than four panels go on to further files, `name-2.png` and so on. UserError for another suffix than
-    .png, .svg and .pdf, for a path that cannot be written, and if no run has both an accuracy and a speed.
+    NoMaterial if no run has both an accuracy and a speed.
     """
-    path = Path(path)
-    check_path(path)
-    import matplotlib
-
     groups = grouping.train_groups(frame, ties=False)
     speed = max(
         SPEEDS, key=lambda key: sum(row.mean(key) is not None for group in groups for row in group.rows)
@@ -58,19 +65,19 @@ def accuracy_speed(frame: "pd.DataFrame", path: str | Path) -> list[Path]:
     every = [_panel(group, speed) for group in groups]
     panels = [panel for panel in every if panel.points]
     if not panels:
-        raise UserError(
+        raise NoMaterial(
             "nothing to plot: no run here has both a test accuracy and a speed; "
             "see `lra table` for what the runs gave, or make one: lra train task=listops model=linear"
         )
     looks = styles({point.row.mechanism for panel in panels for point in panel.points})
-    written = []
-    for first in range(0, len(panels), PANELS):
-        number_of = first // PANELS + 1
-        target = path if first == 0 else path.with_name(f"{path.stem}-{number_of}{path.suffix}")
-        with matplotlib.rc_context(LOOK):
-            save(_draw(panels[first : first + PANELS], looks, SPEEDS[speed]), target)
-        written.append(target)
-    return written
+    figures = []
+    crowded = any(len(panel.points) > CROWD for panel in panels)
+    step = 1 if crowded else PANELS
+    for first in range(0, len(panels), step):
+        name = "speed" if first == 0 else f"speed-{first // step + 1}"
+        drawn = _draw(panels[first : first + step], looks, SPEEDS[speed], crowded)
+        figures.append(NamedFigure(name, "Accuracy against speed", drawn))
+    return figures
 
 
 def _panel(group: Group, speed: str) -> _Panel:
@@ -88,15 +95,11 @@ def _panel(group: Group, speed: str) -> _Panel:
     return _Panel(group, points, left_out)
 
 
-def _draw(panels: list[_Panel], looks: dict[str, Style], speed: str) -> "Figure":
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+def _draw(panels: list[_Panel], looks: dict[str, Style], speed: str, crowded: bool) -> "Figure":
     columns = min(len(panels), 2)
     rows = math.ceil(len(panels) / columns)
-    size = (7.4, 5.2) if len(panels) == 1 else (12.0, 5.0 * rows)
-    figure = Figure(figsize=size, layout=None)
-    FigureCanvasAgg(figure)
+    size = (12.0, 8.6) if crowded else (7.4, 5.2) if len(panels) == 1 else (12.0, 5.0 * rows)
+    figure = new(*size)
     foot = 0.95 / size[1]  # an inch or so for the legend and the notes
     grid = figure.add_gridspec(
         rows,
@@ -104,12 +107,12 @@ def _draw(panels: list[_Panel], looks: dict[str, Style], speed: str) -> "Figure"
         left=0.68 / size[0],
         right=1 - 0.35 / size[0],
         bottom=foot + 0.5 / size[1],
-        top=1 - 0.62 / size[1],
+        top=1 - 0.72 / size[1],
         wspace=0.16,
         hspace=0.36,
     )
     memories = [point.memory for panel in panels for point in panel.points if point.memory]
-    scale = LARGEST / max(memories, default=1.0)
+    scale = (LARGEST_IN_CROWD if crowded else LARGEST) / max(memories, default=1.0)
     all_axes = [figure.add_subplot(grid[i // columns, i % columns]) for i in range(len(panels))]
     for axes, panel in zip(all_axes, panels, strict=True):
         _draw_panel(axes, panel, looks, scale, speed)
@@ -146,10 +149,9 @@ def _draw_panel(axes: "Axes", panel: _Panel, looks: dict[str, Style], scale: flo
 
     title, *rest = panel.group.title()
     rest = [part for part in rest if not part.startswith("majority")]
-    axes.set_title(title, loc="left", fontsize=10.5, fontweight="bold", color=INK, pad=22)
-    axes.text(0, 1.025, "   ".join(rest), transform=axes.transAxes, fontsize=7.5, color=FAINT, va="bottom")
+    heading(axes, title, fit(rest, 0.93 * axes.get_position().width * axes.figure.get_size_inches()[0] + 0.2))
     axes.set_xscale("log")
-    axes.grid(True, which="major", color="#E8E8E8", linewidth=0.7)
+    axes.grid(True, which="major", color=GRID, linewidth=0.7)
     axes.set_axisbelow(True)
     speeds = [math.log10(point.speed) for point in panel.points]
     span = max(0.6, 1.34 * (max(speeds) - min(speeds)))  # room for names at both ends
@@ -170,17 +172,10 @@ def _draw_panel(axes: "Axes", panel: _Panel, looks: dict[str, Style], scale: flo
             point.speed, point.accuracy, arms, color=style.colour, elinewidth=1, capsize=2.5, zorder=layer
         )
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if span < 2.2 else (1.0,)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(f"training speed, {speed} (log scale)")
     axes.set_ylabel("test accuracy, %")
-
-
-def _tick(value: float) -> str:
-    for scale, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= scale:
-            return f"{value / scale:g}{prefix}"
-    return f"{value:g}"
 
 
 def _range(panel: _Panel) -> tuple[float, float]:
@@ -203,8 +198,6 @@ def _levels(panel: _Panel) -> list[tuple[float, str]]:
 
 def _label(axes: "Axes", panel: _Panel, looks: dict[str, Style], scale: float) -> None:
     """Names the points and the levels so that no text covers a marker or another text."""
-    from matplotlib.patheffects import withStroke
-
     figure = axes.figure
     renderer = figure.canvas.get_renderer()
     per_point = figure.dpi / 72
@@ -218,27 +211,20 @@ def _label(axes: "Axes", panel: _Panel, looks: dict[str, Style], scale: float) -
         _, low = axes.transData.transform((point.speed, point.accuracy - point.below))
         _, high = axes.transData.transform((point.speed, point.accuracy + point.above))
         obstacles += [Box.around(x, y, 2 * half_width, 2 * half_height), Box(x - 3, low, x + 3, high)]
-        spots.append(Spot(x, y, max(half_width, half_height), *_extent(axes, point.row.label, 8.5, renderer)))
+        spots.append(Spot(x, y, max(half_width, half_height), *text_size(figure, point.row.label, 8.5)))
     obstacles += _label_levels(axes, panel, frame, obstacles, renderer)
     places = place_labels(spots, obstacles, frame, gap=2.5 * per_point)
     invert = axes.transData.inverted().transform
-    halo = [withStroke(linewidth=2.2, foreground="white")]
+    plate = {"facecolor": "white", "alpha": 0.65, "edgecolor": "none", "pad": 0.3}
     for point, spot, place in zip(panel.points, spots, places, strict=True):
         text = axes.text(
             *invert((place.x, place.y)), point.row.label, fontsize=8.5, color=INK, ha="center", zorder=5
         )
-        text.set(va="center", path_effects=halo)
+        text.set(va="center", bbox=plate)
         if place.distance > 7 * per_point or place.doubtful:
             edge = Box.around(place.x, place.y, spot.width, spot.height).nearest(spot.x, spot.y)
             ends = zip(invert(edge), invert((spot.x, spot.y)), strict=True)
             axes.plot(*ends, color=looks[point.row.mechanism].colour, linewidth=0.7, zorder=4)
-
-
-def _extent(axes: "Axes", text: str, size: float, renderer: Any) -> tuple[float, float]:
-    artist = axes.text(0, 0, text, fontsize=size)
-    box = artist.get_window_extent(renderer)
-    artist.remove()
-    return box.width, box.height
 
 
 def _label_levels(axes: "Axes", panel: _Panel, frame: Box, markers: list[Box], renderer: Any) -> list[Box]:
@@ -247,7 +233,7 @@ def _label_levels(axes: "Axes", panel: _Panel, frame: Box, markers: list[Box], r
     for value, name in _levels(panel):
         below = value < axes.get_ylim()[0]
         text = f"{name} {value:.1f} %" + (" (below)" if below else "")
-        width, height = _extent(axes, text, 7.5, renderer)
+        width, height = text_size(axes.figure, text, 7.5)
         _, y = axes.transData.transform((axes.get_xlim()[0], value))
         if below:
             y = frame.bottom
@@ -262,7 +248,7 @@ def _label_levels(axes: "Axes", panel: _Panel, frame: Box, markers: list[Box], r
             places, key=lambda box: sum(box.overlap(m) for m in markers + taken * 2) + 2 * box.outside(frame)
         )
         x, y_text = axes.transData.inverted().transform((best.left, (best.bottom + best.top) / 2))
-        axes.text(x, y_text, text, fontsize=7.5, color="#666666", va="center", zorder=4)
+        axes.text(x, y_text, text, fontsize=7.5, color=NOTE, va="center", zorder=4)
         taken += [best] if below else [best, Box(frame.left, y - 1, frame.right, y + 1)]
     return taken
 
@@ -287,7 +273,7 @@ def _legend(figure: "Figure", panels: list[_Panel], memories: list[float], scale
         left = 0.02 + 1.65 / figure.get_size_inches()[0]
         figure.legend(
             handles, labels, loc="center left", bbox_to_anchor=(left, 0.56 / height), ncols=len(labels),
-            frameon=False, fontsize=8, handlelength=3.2, handletextpad=0.3, columnspacing=1.6,
+            frameon=False, fontsize=8, handlelength=4, handletextpad=0.3, columnspacing=1.6,
             borderaxespad=0,
         )  # fmt: skip
     bars = "bars: 95 % interval over seeds and test set"
@@ -297,7 +283,7 @@ def _legend(figure: "Figure", panels: list[_Panel], memories: list[float], scale
     notes = bars + (f";  not drawn: {', '.join(dict.fromkeys(left_out))}" if left_out else "")
     limit = int(figure.get_size_inches()[0] * 19)
     notes = notes if len(notes) <= limit else notes[: limit - 3] + "..."
-    figure.text(0.02, 0.16 / height, notes, fontsize=8, color="#666666", va="center")
+    figure.text(0.02, 0.16 / height, notes, fontsize=8, color=NOTE, va="center")
 
 
 def _round_sizes(memories: list[float]) -> list[float]:

@@ -10,8 +10,12 @@ import csv
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
+from typing import TYPE_CHECKING
 
 from lra.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,20 @@ def lookup(paper: str | None, task: str, mechanism: str, *, length: int | None =
     if cell is None or known.ran is None:
         return cell
     return replace(cell, copied=cell.mechanism not in known.ran)
+
+
+def facts() -> "pd.DataFrame":
+    """Every printed number that ships, one row each: accuracies, and times and memory of efficiency tables.
+
+    The columns of `published.csv`, and `recalled`: True where nobody has read the number in its source.
+    """
+    import pandas as pd
+
+    with (files("lra.report") / "published.csv").open(encoding="utf-8", newline="") as file:
+        frame = pd.read_csv(file, dtype=str, keep_default_na=False)
+    frame["value"] = pd.to_numeric(frame["value"].where(frame["value"] != ""), errors="coerce")
+    frame["recalled"] = frame["where_seen"] == "recalled"
+    return frame
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Tables as text for a terminal, as GitHub Markdown, or as CSV."""
+"""Tables as text for a terminal, as GitHub Markdown, CSV, LaTeX or HTML."""
 
 import csv
 import io
@@ -13,9 +13,10 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from lra.errors import unknown
+from lra.report import markup
 from lra.report.cells import Column, Table
 
-FORMATS = ("text", "md", "csv")
+FORMATS = ("text", "md", "csv", "latex", "html")
 GAP = 2  # columns between columns
 NARROW = 16  # narrowest useful width of a column whose words may wrap
 
@@ -28,6 +29,10 @@ def render(tables: list[Table], form: str = "text", *, width: int | None = None)
         return "\n".join(_markdown(table) for table in tables)
     if form == "csv":
         return _csv(tables)
+    if form == "latex":
+        return markup.latex(tables)
+    if form == "html":
+        return markup.html_document(tables)
     raise unknown("table format", form, FORMATS)
 
 
@@ -43,7 +48,7 @@ def terminal_width() -> int | None:
 
 def _text(table: Table, width: int | None) -> str:
     lines = _flow(table.title, "   ", width)
-    footnotes = list(table.footnotes)
+    footnotes = [*(f"warning: {text}" for text in table.warnings), *table.footnotes]
     if table.matrix:
         for block in _blocks(table, width):
             lines += _grid(table, block, width)
@@ -52,9 +57,7 @@ def _text(table: Table, width: int | None) -> str:
         lines += _grid(table, columns, width)
         if left_out:
             titles = ", ".join(column.title for column in left_out)
-            footnotes.append(
-                f"not shown at this width: {titles} (widen the terminal, or use --format md or csv)"
-            )
+            footnotes.append(f"not shown at this width: {titles} (widen the terminal, or use --format md)")
     for note in footnotes:
         lines += [f" {line}" for line in _flow(tuple(note.split(" ")), " ", width and width - 1)]
     return "\n".join(line.rstrip() for line in lines) + "\n"
@@ -148,8 +151,9 @@ def _markdown(table: Table) -> str:
     for row in table.rows:
         lines.append("| " + " | ".join(_escape(row[column.key]) for column in table.columns) + " |")
     lines.append("")
-    lines += [f"- {_escape(note)}" for note in table.footnotes]
-    return "\n".join(lines + [""] * bool(table.footnotes))
+    below = [f"- **Warning:** {_escape(text)}" for text in table.warnings]
+    below += [f"- {_escape(note)}" for note in table.footnotes]
+    return "\n".join(lines + below + [""] * bool(below))
 
 
 def _escape(text: str) -> str:
@@ -162,7 +166,8 @@ def _escape(text: str) -> str:
 def _csv(tables: list[Table]) -> str:
     rows = [row for table in tables for row in table.data]
     out = io.StringIO()
-    writer = csv.DictWriter(out, list(rows[0]) if rows else [], lineterminator="\n")
+    names = dict.fromkeys(key for row in rows for key in row)  # kinds of rows differ in what they have
+    writer = csv.DictWriter(out, list(names), lineterminator="\n")
     writer.writeheader()
     for row in rows:
         writer.writerow({key: _plain(value) for key, value in row.items()})

@@ -1,4 +1,4 @@
-"""One colour and one marker per mechanism, the same in every figure.
+"""One colour, one marker and one dash pattern per mechanism, the same in every figure.
 
 Ten colours by eight markers give 80 looks. Seven colours are those of Okabe and Ito, without the yellow that
 vanishes on white; wine and indigo are Tol's, and a grey goes with them. Readers with any of the common colour
@@ -15,6 +15,7 @@ COLOURS = (
     "#E69F00", "#882255", "#332288", "#000000", "#707070",
 )  # fmt: skip
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
+DASHES = ("", (5, 2), (1.2, 1.2), (6, 1.5, 1.2, 1.5), (9, 2), (3, 1.2))  # in line widths
 
 # A name's place decides its look: append, never insert. Ten names in a row, two lines here, differ in colour.
 KNOWN = (
@@ -31,11 +32,41 @@ KNOWN = (
     "mamba2", "gated_deltanet", "hgrn", "mega_mixer", "search", "hybrid",
 )  # fmt: skip
 
+# What a mechanism is at heart; figures that cannot name every line name some of each family.
+FAMILIES = {
+    "scores of all pairs": (
+        "softmax", "synthesizer", "kernelized", "las", "flash_quad", "ring", "mega", "mega_mixer",
+    ),
+    "feature maps": (
+        "linear", "performer", "cosformer", "rfa", "hedgehog", "based", "taylor", "polaformer",
+    ),
+    "few keys for all": ("nystrom", "linformer", "luna", "skyformer", "external", "informer"),
+    "chosen pairs": (
+        "local", "bigbird", "longformer", "sparse", "sinkhorn", "reformer", "routing", "clustered", "yoso",
+        "h_transformer", "star", "long_short",
+    ),
+    "recurrences": (
+        "s4", "s4d", "s5", "lru", "mamba", "mamba2", "gla", "retnet", "deltanet", "gated_deltanet", "hgrn",
+    ),
+    "convolutions": ("hyena", "sgconv", "long_conv", "tnn", "fnet"),
+}  # fmt: skip
+
+
+def family(name: str) -> str | None:
+    """The family a mechanism belongs to; None for one of nobody's."""
+    return next((title for title, members in FAMILIES.items() if name in members), None)
+
 
 @dataclass(frozen=True)
 class Style:
     colour: str
     marker: str
+    dash: tuple[float, ...] | str  # "" is a solid line
+
+    def variant(self, index: int) -> "Style":
+        """The look of another kind of the same mechanism: its colour and marker, with other dashes."""
+        at = (DASHES.index(self.dash) + index) % len(DASHES)
+        return Style(self.colour, self.marker, DASHES[at])
 
 
 def styles(names: Iterable[str]) -> dict[str, Style]:
@@ -63,4 +94,6 @@ def styles(names: Iterable[str]) -> dict[str, Style]:
 
 def _look(place: int) -> Style:
     row, column = divmod(place, len(COLOURS))
-    return Style(COLOURS[column], MARKERS[(column + row) % len(MARKERS)])
+    repeats = column >= len(MARKERS)  # a marker that this row has already had gets other dashes
+    dash = DASHES[(row + 3 * repeats) % len(DASHES)]
+    return Style(COLOURS[column], MARKERS[(column + row) % len(MARKERS)], dash)

@@ -4,10 +4,11 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from lra.errors import UserError, unknown
+from lra.report import cautions, cost_tables, matrices, published, stats, verdicts
 from lra.report import groups as grouping
-from lra.report import matrices, published, stats
 from lra.report.cells import Column, Table, accuracy_text, interval_text, number, published_text, si
-from lra.report.groups import Group, Row, distinct, extra_of, value_text
+from lra.report.groups import FLOORS, Group, Row, distinct, extra_of, value_text
+from lra.report.pairs import pair_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -15,16 +16,23 @@ if TYPE_CHECKING:
 BY = ("length", "task")
 REASON_WIDTH = 90
 
+COST = [
+    Column("params", "params", drop=3),
+    Column("flops_per_step", "FLOPs/step", drop=2),
+    Column("state_size", "state", drop=1),
+    Column("step_ms", "step ms", drop=6),
+    Column("tokens_per_s", "tokens/s", drop=4),
+    Column("peak_mem_mib", "peak MiB", drop=5),
+]
+
 RANKED = [
     Column("mechanism", "mechanism", left=True, wrap=True),
     Column("n", "n"),
     Column("accuracy", "accuracy ± std", left=True),
-    Column("ci95", "95 %", drop=6, left=True),
-    Column("published", "published", drop=5),
-    Column("params", "params", drop=1),
-    Column("step_ms", "step ms", drop=4),
-    Column("tokens_per_s", "tokens/s", drop=2),
-    Column("peak_mem_mib", "peak MiB", drop=3),
+    Column("ci95", "95 %", drop=9, left=True),
+    Column("published", "published", drop=8),
+    Column("verdict", "verdict", drop=7, left=True),
+    *COST,
     Column("note", "note", left=True, wrap=True),
 ]
 
@@ -32,35 +40,47 @@ MEASURED = [
     Column("mechanism", "mechanism", left=True, wrap=True),
     Column("mode", "mode", left=True),
     Column("length", "length"),
-    Column("batch_size", "batch", drop=2),
+    Column("batch_size", "batch", drop=4),
     Column("step_ms", "step ms"),
-    Column("tokens_per_s", "tokens/s", drop=3),
-    Column("peak_mem_mib", "peak MiB", drop=4),
-    Column("params", "params", drop=1),
+    Column("tokens_per_s", "tokens/s", drop=5),
+    Column("peak_mem_mib", "peak MiB", drop=6),
+    Column("params", "params", drop=3),
+    Column("flops_per_step", "FLOPs/step", drop=2),
+    Column("state_size", "state", drop=1),
     Column("status", "status", left=True),
     Column("note", "note", left=True, wrap=True),
 ]
+SPARSE = ("published", "verdict", "flops_per_step", "state_size", "note")  # left out where no row has them
 
 
-def build(frame: "pd.DataFrame", by: str | None = None) -> list[Table]:
+def build(frame: "pd.DataFrame", by: str | None = None, *, pairs: bool = False) -> list[Table]:
     """Every table of a frame of records (`records.load`), in print order.
 
     `by="task"`: one matrix of accuracies, mechanisms by tasks, per recipe and device. Else one section per
-    task, length and conditions, and matrices by length for what was run at several lengths. Measurements
-    follow.
+    task, length and conditions, and matrices by length for what was run at several lengths. `pairs` adds
+    every pair of rows of each task and length. Measurements follow.
     """
     if by is not None and by not in BY:
         raise unknown("way to arrange tables", by, BY)
     if frame.empty:
         raise UserError("no records to make a table of; name run folders, or make a run first")
     found = grouping.train_groups(frame)
+    compared = [pair_table(group) if pairs else None for group in found]
     if by == "task":
-        tables = matrices.task_matrices(found, _section_data)
+        tables = matrices.task_matrices(found, _section_data) + [table for table in compared if table]
     else:
-        tables = [section(group) for group in found] + matrices.length_matrices(found)
-    for group in grouping.measure_groups(frame):
-        tables += [measure_section(group), *matrices.measure_matrices(group)]
-    return tables
+        tables = []
+        for group, elsewhere, beside in zip(found, cautions.elsewhere(found), compared, strict=True):
+            tables.append(section(group))
+            tables[-1].warnings[:0] = elsewhere
+            tables += [beside] if beside else []
+        tables += matrices.length_matrices(found)
+    measured = grouping.measure_groups(frame)
+    for group, elsewhere in zip(measured, cautions.elsewhere(measured), strict=True):
+        first = measure_section(group)
+        first.warnings[:0] = elsewhere
+        tables += [first, *matrices.measure_matrices(group)]
+    return tables + (cost_tables.cost_tables(frame) if measured else [])
 
 
 # Training runs.
@@ -73,21 +93,44 @@ def section(group: Group) -> Table:
         {
             "mechanism": row.label,
             "n": str(row.summary.num_seeds),
-            "accuracy": accuracy_text(row.summary, row.letters),
+            "accuracy": accuracy_text(row.summary, row.letters) if row.ok else row.state,
             "ci95": interval_text(row.summary),
             "published": published_text(cell),
-            "params": si(row.mean("num_params"), " "),
-            "step_ms": number(row.mean("step_ms")),
-            "tokens_per_s": si(row.mean("tokens_per_s")),
-            "peak_mem_mib": number(row.mean("peak_mem_mib")),
+            "verdict": _verdict(group, row, cell),
+            **_cost(row),
             "note": "; ".join(notes(group, row)),
         }
         for row, cell in zip(group.rows, cells, strict=True)
     ]
-    filled = [
-        c for c in RANKED if c.key not in ("published", "note") or any(row[c.key] != "" for row in rows)
-    ]
-    return Table(group.title(), filled, rows, footnotes(group, cells), _section_data(group))
+    warnings = cautions.unequal_settings(group) + cautions.heavier(group.rows)
+    below = footnotes(group, cells) + _state_footnote(rows)
+    return Table(group.title(), _filled(RANKED, rows), rows, below, _section_data(group), warnings=warnings)
+
+
+def _filled(columns: list[Column], rows: list[dict[str, str]]) -> list[Column]:
+    """The columns, without those that would say nothing."""
+    return [c for c in columns if c.key not in SPARSE or any(row[c.key] not in ("", "-") for row in rows)]
+
+
+def _cost(row: Row) -> dict[str, str]:
+    return {
+        "params": si(row.mean("num_params"), " "),
+        "flops_per_step": si(row.mean("flops_per_step"), " "),
+        "state_size": si(row.mean("state_size"), " "),
+        "step_ms": number(row.mean("step_ms")),
+        "tokens_per_s": si(row.mean("tokens_per_s")),
+        "peak_mem_mib": number(row.mean("peak_mem_mib")),
+    }
+
+
+def _state_footnote(rows: list[dict[str, str]]) -> list[str]:
+    shown = any(row["state_size"] != "-" for row in rows)
+    return ["state: numbers one layer keeps to mix one sequence"] * shown
+
+
+def _verdict(group: Group, row: Row, cell: published.Cell | None) -> str:
+    changed = any(verdicts.changed(run["deviations"] or []) for run in row.ok)
+    return verdicts.verdict(row.summary, cell, origin=group.facts.get("data_origin"), changed=changed)
 
 
 def _published(group: Group, row: Row) -> published.Cell | None:
@@ -173,7 +216,11 @@ def footnotes(group: Group, cells: list[published.Cell | None]) -> list[str]:
         found.append("†: interval of the test set only; one seed does not show the spread over seeds")
     if stats.SEEDS_ONLY in bases:
         found.append("‡: interval of the seeds only; the size of the test set is not on record")
+    verdict = verdicts.footnote({_verdict(group, *both) for both in zip(group.rows, cells, strict=True)})
+    found += [verdict] if verdict else []
     shown = [cell for cell in cells if cell is not None]
+    if shown:
+        found.append(f"published: {shown[0].source}, {shown[0].table}")
     if any(cell.recalled for cell in shown):
         found.append("~: published number written from memory, not read in its source")
     if any(cell.copied for cell in shown):
@@ -182,6 +229,8 @@ def footnotes(group: Group, cells: list[published.Cell | None]) -> list[str]:
         )
     common = shared_deviations(group)
     found += [f"all rows deviate from the paper: {'; '.join(common)}"] * bool(common)
+    if len(group.rows) > 1 and not any(row.mechanism in FLOORS for row in group.rows):
+        found.append(f"no floor here; model={','.join(FLOORS)} shows what no mixing of tokens reaches")
     return found + memory_footnotes(group.rows)
 
 
@@ -208,26 +257,35 @@ def measure_section(group: Group) -> Table:
         rows.append(
             {
                 "mechanism": row.label,
-                "mode": str(extra_of(row.runs[0], "mode") or "train"),
+                "mode": cautions.mode_of(row),
                 "length": f"{row.runs[0]['length'] or 0:,}",
                 "batch_size": str(row.runs[0]["batch_size"] or ""),
-                "step_ms": number(row.mean("step_ms")),
-                "tokens_per_s": si(row.mean("tokens_per_s")),
-                "peak_mem_mib": number(row.mean("peak_mem_mib")),
-                "params": si(row.mean("num_params"), " "),
+                **_cost(row),
                 "status": row.state,
                 "note": "; ".join(failures + unusual_steps(group, row)),
             }
         )
-    columns = [c for c in MEASURED if c.key != "note" or any(row["note"] for row in rows)]
+    places = defaultdict(list)
+    for row in group.rows:
+        places[f"{cautions.mode_of(row)} at {row.runs[0]['length'] or 0:,}"].append(row)
+    warnings = cautions.one_kernel(group.rows) + cautions.heavier_by_place(places.items())
+    below = cautions.kernels(group.rows) + _state_footnote(rows) + memory_footnotes(group.rows)
     title = grouping.measure_title(group, "Time and memory of a step")
     data = [_data(group, row, None) for row in group.rows]
-    return Table(title, columns, rows, memory_footnotes(group.rows), data)
+    return Table(title, _filled(MEASURED, rows), rows, below, data, keys=3, warnings=warnings)
 
 
 # Plain numbers.
 
-MEANS = ("num_params", "step_ms", "examples_per_s", "tokens_per_s", "padded_tokens_per_s", "peak_mem_mib")
+MEANS = (
+    "num_params",
+    "state_size",
+    "step_ms",
+    "examples_per_s",
+    "tokens_per_s",
+    "padded_tokens_per_s",
+    "peak_mem_mib",
+)
 MEANS += ("reserved_mib", "flops_per_step", "wall_s", "train_s", "eval_s", "data_s", "compile_s")
 
 
@@ -249,7 +307,7 @@ def _data(group: Group, row: Row, cell: published.Cell | None) -> dict:
     return {
         "kind": row.runs[0]["kind"],
         **facts,
-        "mode": str(extra_of(row.runs[0], "mode") or "train") if measured else None,
+        "mode": cautions.mode_of(row) if measured else None,
         "batch_size": row.only("batch_size"),
         "mechanism": row.mechanism,
         "label": row.label,
@@ -269,7 +327,10 @@ def _data(group: Group, row: Row, cell: published.Cell | None) -> dict:
         "published_flag": None
         if cell is None
         else ", ".join(f for f in ("failed", "recalled", "copied") if getattr(cell, f)) or None,
+        "published_source": None if cell is None else f"{cell.source}, {cell.table}",
+        "verdict": _verdict(group, row, cell) or None,
         **{key: row.mean(key) for key in MEANS},
         "peak_mem_method": ", ".join(distinct(extra_of(run, "peak_mem_method") for run in row.ok)) or None,
+        **(cost_tables.plain(row.runs[0]) if measured else {}),
         "note": "; ".join(failure_notes(row) if measured else notes(group, row)) or None,
     }

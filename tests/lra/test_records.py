@@ -336,6 +336,15 @@ def test_a_file_of_lines_that_is_not_text_is_named(tmp_path):
         records.load(tmp_path / "some.jsonl")
 
 
+def test_a_file_of_other_lines_is_no_file_of_records(tmp_path):
+    (tmp_path / "other.jsonl").write_text('{"model": "linear", "status": "ok", "step_ms": 1.0}\n')
+    with pytest.raises(UserError, match="no records in '.*other.jsonl': its first line.*name a run folder"):
+        records.load(tmp_path / "other.jsonl")
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(UserError, match="no records under '.*empty.jsonl'"):
+        records.load(tmp_path / "empty.jsonl")
+
+
 def test_numbers_of_lax_writers_are_not_known(tmp_path):
     text = json.dumps(make().to_dict()).replace('"step_ms": null', '"step_ms": NaN')
     (tmp_path / "record.json").write_text(text.replace('"length": null', '"length": 32.0'))

@@ -9,7 +9,7 @@ from report_samples import write_failure, write_run
 
 from lra import records, registry
 from lra.errors import UserError
-from lra.report import plots, style
+from lra.report import figures, style
 from lra.report.labels import Box, Spot, place_labels
 
 
@@ -25,7 +25,7 @@ def small_sweep(root, **fields):
 @pytest.mark.parametrize(("suffix", "magic"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")])
 def test_suffix_decides_the_format(tmp_path, suffix, magic):
     target = tmp_path / f"figure{suffix}"
-    assert plots.accuracy_speed(small_sweep(tmp_path / "runs"), target) == [target]
+    assert figures.write("speed", small_sweep(tmp_path / "runs"), target) == [target]
     assert target.read_bytes().startswith(magic)
     assert [p.name for p in tmp_path.iterdir() if p.is_file()] == [target.name]
 
@@ -33,20 +33,20 @@ def test_suffix_decides_the_format(tmp_path, suffix, magic):
 def test_figures_are_the_same_bytes_each_time(tmp_path):
     frame = small_sweep(tmp_path / "runs")
     for name in ("a.svg", "b.svg"):
-        plots.accuracy_speed(frame, tmp_path / name)
+        figures.write("speed", frame, tmp_path / name)
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
 
 
 def test_more_than_four_panels_go_on_to_a_second_file(tmp_path):
     for length in (500, 600, 700, 800, 900):
         write_run(tmp_path / "runs", "linear", 0, 0.3, length=length, tokens_per_s=1e6, kept=False)
-    written = plots.accuracy_speed(records.load(tmp_path / "runs"), tmp_path / "figure.png")
+    written = figures.write("speed", records.load(tmp_path / "runs"), tmp_path / "figure.png")
     assert [path.name for path in written] == ["figure.png", "figure-2.png"]
 
 
 def test_one_point_without_memory_is_drawn(tmp_path):
     write_run(tmp_path / "runs", "linear", 0, 0.3, examples_per_s=90.0, majority_accuracy=None, kept=False)
-    assert plots.accuracy_speed(records.load(tmp_path / "runs"), tmp_path / "one.png")
+    assert figures.write("speed", records.load(tmp_path / "runs"), tmp_path / "one.png")
 
 
 def test_the_first_point_of_a_panel_does_not_make_an_axis_without_width(tmp_path):
@@ -59,14 +59,14 @@ def test_the_first_point_of_a_panel_does_not_make_an_axis_without_width(tmp_path
         )
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
-        plots.accuracy_speed(records.load(tmp_path), tmp_path / "two.svg")
+        figures.write("speed", records.load(tmp_path), tmp_path / "two.svg")
 
 
 def test_nothing_to_draw_is_an_error_that_says_what_is_needed(tmp_path):
     write_run(tmp_path / "runs", "linear", 0, 0.3, kept=False)
     write_failure(tmp_path / "runs", "reformer", 0, "failed", "boom")
     with pytest.raises(UserError, match="both a test accuracy and a speed"):
-        plots.accuracy_speed(records.load(tmp_path / "runs"), tmp_path / "none.png")
+        figures.write("speed", records.load(tmp_path / "runs"), tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
 
 
@@ -75,7 +75,7 @@ def test_nothing_to_draw_is_an_error_that_says_what_is_needed(tmp_path):
 )
 def test_bad_output_is_refused(tmp_path, name, message):
     with pytest.raises(UserError, match=message):
-        plots.accuracy_speed(small_sweep(tmp_path / "runs"), tmp_path / name)
+        figures.write("speed", small_sweep(tmp_path / "runs"), tmp_path / name)
 
 
 def test_names_of_a_crowd_neither_collide_nor_leave_the_panel():
@@ -88,6 +88,15 @@ def test_names_of_a_crowd_neither_collide_nor_leave_the_panel():
     assert sum(a.overlap(b) for a, b in itertools.combinations(boxes, 2)) == 0
     assert all(box.outside(frame) == 0 for box in boxes)
     assert sum(box.overlap(marker) for box in boxes for marker in markers) < 60
+
+
+def test_a_crowd_of_points_gets_a_larger_figure_of_its_own(tmp_path):
+    for index in range(21):
+        for length in (500, 600)[: 1 + (index < 2)]:
+            fields = dict(length=length, tokens_per_s=1e6 + 1e5 * index, peak_mem_mib=500.0, kept=False)
+            write_run(tmp_path, f"m{index}", 0, 0.3 + 0.01 * index, **fields)
+    drawn = figures.draw("speed", records.load(tmp_path))
+    assert [tuple(one.figure.get_size_inches()) for one in drawn] == [(12.0, 8.6)] * 2
 
 
 def test_looks_are_fixed_and_sixty_names_differ():
@@ -105,6 +114,19 @@ def test_every_built_mechanism_has_a_colour_of_its_own():
     assert set(looks) <= set(style.KNOWN)
     first = looks.keys() & set(style.KNOWN[: len(style.COLOURS)])
     assert len({looks[name].colour for name in first}) == len(first) == 10
+
+
+def test_every_built_mechanism_but_floors_and_mixtures_has_one_family():
+    members = [name for names in style.FAMILIES.values() for name in names]
+    assert len(set(members)) == len(members)
+    others = {name for name in registry.names() if style.family(name) is None}
+    assert others == {"identity", "global_mean", "hybrid", "search"}
+
+
+def test_a_variant_keeps_the_colour_and_marker_and_changes_the_dashes():
+    look = style.styles(["softmax"])["softmax"]
+    other = look.variant(1)
+    assert (other.colour, other.marker) == (look.colour, look.marker) and other.dash != look.dash
 
 
 # Linear RGB as seen without one kind of cone: Machado, Oliveira and Fernandes 2009, severity 1.

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lra.report.published import PAPERS, lookup, published
+from lra.report.published import PAPERS, facts, lookup, published
 
 
 @pytest.mark.parametrize(
@@ -46,6 +46,20 @@ def test_cells_a_paper_took_over_are_flagged():
     assert lookup("s4_2022", "text", "linear").copied
     assert not lookup("s4_2022", "text", "s4").copied
     assert lookup("mega2023", "text", "luna").copied
+
+
+def test_every_fact_ships_with_its_source():
+    frame = facts()
+    named = frame[["source", "table", "mechanism", "metric", "where_seen"]]
+    assert len(frame) > 1000 and (named != "").to_numpy().all()
+    assert {"accuracy", "relative_speed", "memory_gb", "steps_per_s"} <= set(frame["metric"])
+    assert frame["recalled"].any() and not frame["recalled"].all()
+    assert frame["value"].notna().sum() > 900
+
+
+def test_facts_from_memory_are_those_the_lookup_flags():
+    recalled = facts().query("recalled and metric == 'accuracy' and source == 'Luna 2021 (Ma et al.)'")
+    assert "Luna-256" in set(recalled["mechanism"])
 
 
 def test_a_task_reported_as_not_learned_has_no_value():

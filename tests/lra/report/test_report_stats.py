@@ -1,13 +1,12 @@
-"""Intervals and ties: against closed forms, against scipy, and by simulation."""
+"""Intervals, paired tests and letters: against closed forms and against scipy."""
 
 import itertools
 
 import numpy as np
 import pytest
-from scipy import special
 from scipy import stats as scipy_stats
 
-from lra.report import stats
+from lra.report import simulation, stats
 
 
 def test_interval_is_the_stated_formula():
@@ -15,12 +14,19 @@ def test_interval_is_the_stated_formula():
     got = stats.summarise(scores, num_test)
     mean, of_seeds = np.mean(scores), np.var(scores, ddof=1) / 3
     of_test = mean * (1 - mean) / num_test
-    freedom = (of_seeds + of_test) ** 2 / (of_seeds**2 / 2)
-    half = scipy_stats.t.ppf(0.975, freedom) * np.sqrt(of_seeds + of_test)
+    quantiles = scipy_stats.t.ppf(0.975, 2) * of_seeds + scipy_stats.norm.ppf(0.975) * of_test
+    half = quantiles / np.sqrt(of_seeds + of_test)
     assert got.basis == stats.BOTH and got.num_seeds == 3
     np.testing.assert_allclose(
         (got.mean, got.std, got.low, got.high), (mean, np.std(scores, ddof=1), mean - half, mean + half)
     )
+
+
+def test_without_a_test_size_the_interval_is_that_of_student():
+    scores = [0.30, 0.34, 0.35]
+    got = stats.summarise(scores, None)
+    expected = scipy_stats.t.interval(0.95, 2, loc=np.mean(scores), scale=scipy_stats.sem(scores))
+    np.testing.assert_allclose((got.low, got.high), expected)
 
 
 def test_seeds_that_agree_leave_the_normal_interval_of_the_test_set():
@@ -48,87 +54,10 @@ def test_unknown_test_size_is_said_in_the_basis():
     assert stats.summarise([], 100).mean is None
 
 
-def interval_coverage(seed_sd, accuracy, trials, generator, num_seeds=3, num_test=2000):
-    """Share of intervals that hold the true accuracy; seeds shift it, on one test set."""
-    hits = 0
-    for _ in range(trials):
-        true = np.clip(accuracy + seed_sd * generator.standard_normal(num_seeds), 0, 1)
-        scores = np.searchsorted(np.sort(generator.random(num_test)), true) / num_test
-        got = stats.summarise(scores, num_test)
-        hits += got.low <= accuracy <= got.high
-    return hits / trials
-
-
-@pytest.mark.parametrize("seed_sd", [0.0, 0.01, 0.02])
-def test_interval_covers_about_95_percent(seed_sd):
-    # Standard error of a share near 0.95 from 1,500 trials: 0.6 points, so that 93 % is three of them below.
-    coverage = interval_coverage(seed_sd, 0.36, 1500, np.random.default_rng(1))
-    assert 0.93 <= coverage <= 0.97
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed_sd", [0.0, 0.0025, 0.005, 0.01, 0.015, 0.02])
-@pytest.mark.parametrize("accuracy", [0.36, 0.64])
-def test_interval_covers_93_to_97_percent(seed_sd, accuracy):
-    coverage = interval_coverage(seed_sd, accuracy, 20_000, np.random.default_rng(2))
-    assert 0.93 <= coverage <= 0.97
-
-
-def simulate(generator, accuracies, seed_sd, *, shared, own, num_seeds=3, num_test=2000):
-    """Rows of bool [n N]; examples are hard for all (`shared`), for a mechanism (`own`), or for one seed."""
-    count = len(accuracies)
-    difficulty = np.sqrt(shared) * generator.standard_normal(num_test)
-    difficulty = difficulty + np.sqrt(own) * generator.standard_normal((count, 1, num_test))
-    alone = np.sqrt(max(0.0, 1 - shared - own)) * generator.standard_normal((count, num_seeds, num_test))
-    true = np.reshape(accuracies, (-1, 1, 1)) + seed_sd * generator.standard_normal((count, num_seeds, 1))
-    return list(difficulty + alone < special.ndtri(np.clip(true, 1e-6, 1 - 1e-6)))
-
-
-def family_wise_error(trials, generator, count, seed_sd, **kind):
-    wrong = 0
-    for _ in range(trials):
-        rows = simulate(generator, [0.35] * count, seed_sd, **kind)
-        wrong += stats.holm(stats.tie_p_values(rows)).min() <= 0.05
-    return wrong / trials
-
-
-@pytest.mark.parametrize("seed_sd", [0.0, 0.02])
-def test_equal_mechanisms_are_rarely_told_apart(seed_sd):
-    # True rates are 1 to 3 %; 6 % or less of 300 trials fails by chance with a probability below 1e-3.
-    error = family_wise_error(300, np.random.default_rng(3), 4, seed_sd, shared=0.5, own=0.3)
-    assert error <= 0.06
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-@pytest.mark.parametrize("seed_sd", [0.0, 0.005, 0.01, 0.02])
-@pytest.mark.parametrize("count", [3, 8])
-@pytest.mark.parametrize(
-    "kind", [dict(shared=0.5, own=0.3), dict(shared=0.9, own=0.1)], ids=["usual", "hard"]
-)
-def test_family_wise_error_is_at_most_six_percent(seed_sd, count, kind):
-    assert family_wise_error(1500, np.random.default_rng(4), count, seed_sd, **kind) <= 0.06
-
-
-def test_an_example_wise_test_alone_would_call_luck_a_difference():
-    """Why the seed variance is part of the test: without it most tables of equals show a difference."""
-    generator, wrong, trials = np.random.default_rng(5), 0, 60
-    for _ in range(trials):
-        rows = simulate(generator, [0.35] * 4, 0.02, shared=0.5, own=0.3)
-        pairs = list(itertools.combinations(rows, 2))
-        p_values = []
-        for a, b in pairs:
-            difference = a.mean(axis=0) - b.mean(axis=0)
-            statistic = difference.mean() / (difference.std(ddof=1) / np.sqrt(difference.size))
-            p_values.append(2 * scipy_stats.norm.sf(abs(statistic)))
-        wrong += stats.holm(np.asarray(p_values)).min() <= 0.05
-    assert wrong / trials > 0.3
-
-
 def test_a_clear_difference_is_found_among_many_rows():
     generator, found = np.random.default_rng(6), 0
     for _ in range(20):
-        rows = simulate(generator, [0.35] * 5 + [0.18] * 5, 0.007, shared=0.5, own=0.3)
+        rows, _ = simulation.rows(generator, [0.35] * 5 + [0.18] * 5, 0.007)
         letters = stats.tie_letters(rows)
         found += all(not set(a) & set(b) for a in letters[:5] for b in letters[5:])
     assert found >= 19
@@ -141,6 +70,82 @@ def test_few_discordant_examples_decide_as_in_an_exact_test():
         other = base.copy()
         other[:, 700 : 700 + discordant] = True
         assert (stats.tie_p_values([base, other])[0] > 0.05) == tied
+
+
+def test_two_rows_that_only_seeds_tell_apart_are_tested_as_student_does():
+    """Every example right or wrong by the seed alone: the joint test is then the two-sample t test."""
+    rows = [
+        np.repeat(np.array([right], dtype=bool).T, 100_000, axis=1) for right in ([1, 1, 1, 0], [1, 0, 0, 0])
+    ]
+    (got,) = stats.differences(rows)
+    expected = scipy_stats.ttest_ind([1, 1, 1, 0], [1, 0, 0, 0])
+    assert got.gap == 0.5
+    np.testing.assert_allclose(got.p_value, expected.pvalue, rtol=1e-3)
+    np.testing.assert_allclose(
+        (got.low, got.high), np.clip(expected.confidence_interval(0.95), -1, 1), rtol=1e-3
+    )
+
+
+@pytest.mark.parametrize("gap", [0.0, 0.02, 0.03, 0.04, 0.3])
+def test_interval_of_a_difference_leaves_out_zero_if_and_only_if_its_p_value_is_small(gap):
+    generator = np.random.default_rng(8)
+    for _ in range(5):
+        rows, _ = simulation.rows(generator, [0.4 + gap, 0.4], 0.01, num_test=500)
+        (got,) = stats.differences(rows)
+        assert (got.low > 0 or got.high < 0) == (got.p_value <= 0.05)
+        assert 0 < got.p_value <= 1
+
+
+@pytest.mark.parametrize(("b", "c"), [(0, 0), (1, 0), (5, 0), (3, 9), (7, 7), (40, 62)])
+def test_mcnemar_is_the_mid_p_of_the_discordant_examples(b, c):
+    first, second = np.zeros((1, 200), dtype=bool), np.zeros((1, 200), dtype=bool)
+    first[0, :b], second[0, b : b + c] = True, True
+    got = stats.mcnemar(first, second)
+    binomial = scipy_stats.binom(b + c, 0.5)
+    expected = min(1.0, 2 * binomial.cdf(min(b, c)) - binomial.pmf(min(b, c)))
+    assert (got.num_pairs, got.only_first, got.only_second) == (1, b, c)
+    np.testing.assert_allclose(got.p_values, [expected] * 3)
+
+
+def test_mcnemar_takes_every_seed_against_every_seed():
+    generator = np.random.default_rng(9)
+    first, second = generator.random((2, 300)) < 0.5, generator.random((3, 300)) < 0.4
+    each = [stats.mcnemar(a[None], b[None]) for a in first for b in second]
+    got = stats.mcnemar(first, second)
+    assert got.num_pairs == 6
+    assert got.only_first == sum(one.only_first for one in each)
+    assert got.only_second == sum(one.only_second for one in each)
+    p_values = [one.p_values[0] for one in each]
+    np.testing.assert_allclose(got.p_values, (min(p_values), np.median(p_values), max(p_values)))
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [([0.4, 0.5, 0.6], [0.1, 0.2, 0.3]), ([0.4, 0.1, 0.35], [0.2, 0.5]), ([0.3, 0.3], [0.3, 0.3, 0.3])],
+)
+def test_permutation_deals_the_seeds_in_all_ways(first, second):
+    got = stats.permutation(first, second)
+    expected = scipy_stats.permutation_test(
+        (first, second), lambda a, b: abs(np.mean(a) - np.mean(b)), alternative="greater", n_resamples=np.inf
+    )
+    assert got.exact
+    np.testing.assert_allclose(got.p_value, expected.pvalue)
+
+
+def test_permutation_of_three_and_three_seeds_cannot_fall_below_a_tenth():
+    got = stats.permutation([0.9, 0.91, 0.92], [0.1, 0.11, 0.12])
+    assert got.p_value == got.smallest == 0.1
+    assert stats.permutation([0.9], [0.1]).p_value == 1.0
+    assert stats.permutation([0.9, 0.8], [0.1, 0.2, 0.3]).smallest == 0.1
+
+
+def test_permutation_of_many_seeds_is_drawn_and_repeats(monkeypatch):
+    monkeypatch.setattr(stats, "MOST_DEALS", 5000)
+    generator = np.random.default_rng(10)
+    first, second = generator.random(12), generator.random(12) + 0.4
+    got = stats.permutation(first, second)
+    assert not got.exact and got == stats.permutation(first, second)
+    assert 1 / stats.MOST_DEALS <= got.p_value < 0.05
 
 
 def test_identical_rows_are_tied_and_opposite_rows_are_not():

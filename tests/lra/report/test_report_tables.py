@@ -6,18 +6,41 @@ import os
 from pathlib import Path
 
 import pytest
-from report_samples import write_failure, write_run
+from report_samples import write_failure, write_measure, write_run, write_small
 
 from lra import records
 from lra.errors import UserError
 from lra.report import render, tables
+from lra.report.cells import p_text, si
 
 GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(autouse=True)
+def without_growth(monkeypatch):
+    """Tables of growth and crossovers have tests and golden files of their own."""
+    monkeypatch.setattr(tables.cost_tables, "cost_tables", lambda frame: [])
+
+
+def golden(name: str, got: str) -> None:
+    """Compares with a committed file; LRA_UPDATE_GOLDEN=1 writes it."""
+    path = GOLDEN / name
+    if os.environ.get("LRA_UPDATE_GOLDEN"):
+        path.write_text(got, encoding="utf-8")
+    assert got == path.read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
 def frame(runs):
     return records.load(runs)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The few runs of `report_samples.write_small`."""
+    root = tmp_path_factory.mktemp("small")
+    write_small(root)
+    return records.load(root)
 
 
 @pytest.mark.parametrize(
@@ -32,11 +55,21 @@ def frame(runs):
     ],
 )
 def test_rendering_equals_golden_file(frame, name, by, form, width):
-    got = render.render(tables.build(frame, by), form, width=width)
-    path = GOLDEN / name
-    if os.environ.get("LRA_UPDATE_GOLDEN"):
-        path.write_text(got, encoding="utf-8")
-    assert got == path.read_text(encoding="utf-8")
+    golden(name, render.render(tables.build(frame, by), form, width=width))
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "width"),
+    [
+        ("small.txt", "text", 120),
+        ("small.md", "md", None),
+        ("small.csv", "csv", None),
+        ("small.tex", "latex", None),
+        ("small.html", "html", None),
+    ],
+)
+def test_tables_with_pairs_equal_golden_file(small, name, form, width):
+    golden(name, render.render(tables.build(small, pairs=True), form, width=width))
 
 
 @pytest.mark.parametrize("width", [78, 80, 100, 120, 200])
@@ -48,7 +81,7 @@ def test_no_line_is_wider_than_the_terminal(frame, width, by):
 
 def test_columns_that_do_not_fit_are_named(frame):
     text = render.render(tables.build(frame)[1:2], "text", width=80)
-    assert "not shown at this width: params, tokens/s" in text
+    assert "not shown at this width: state, FLOPs/step, params, tokens/s" in text
     assert "not shown" not in render.render(tables.build(frame), "text", width=None)
 
 
@@ -118,7 +151,7 @@ def test_own_parameters_and_deviations_of_a_single_configuration_are_noted(tmp_p
 
 def test_failed_cells_keep_their_row_with_counts_and_reasons(frame):
     row = row_of(by_title(tables.build(frame), "ListOps (2,000"), "reformer")
-    assert row["n"] == "0" and row["accuracy"] == "-"
+    assert row["n"] == "0" and row["accuracy"] == "diverged"
     assert "2 runs: diverged at step 812" in row["note"]
     assert "1 run: oom (needs 92.1 GiB" in row["note"]
 
@@ -180,7 +213,7 @@ def test_missing_predictions_give_no_letters_and_say_so(tmp_path):
         write_run(tmp_path, "linear", seed, 0.3, kept=False)
         write_run(tmp_path, "softmax", seed, 0.4, kept=False)
     (table,) = tables.build(records.load(tmp_path))
-    assert table.footnotes == ["no letters for want of test predictions with labels: softmax, linear"]
+    assert table.footnotes[0] == "no letters for want of test predictions with labels: softmax, linear"
 
 
 def test_predictions_that_contradict_the_record_are_not_paired(tmp_path):
@@ -210,6 +243,7 @@ def test_method_of_peak_memory_is_a_footnote(frame):
 def test_matrices_by_length_show_every_length(frame):
     table = by_title(tables.build(frame), "Accuracy (%) by length: ListOps")
     assert [column.title for column in table.columns] == ["mechanism", "1,000", "2,000"]
+    assert table.rows[-1] == {"mechanism": "majority class", "0": "16.6", "1": "16.6"}
     assert row_of(table, "reformer") == {"mechanism": "reformer", "0": "", "1": "diverged"}
 
 
@@ -220,28 +254,44 @@ def test_one_seed_is_marked_in_matrices(frame):
         assert "†: one seed" in table.footnotes
 
 
-def test_average_over_tasks_is_only_for_complete_rows(tmp_path):
-    for task, length, accuracy in (("listops", 2000, 0.3), ("text", 4096, 0.6)):
-        write_run(tmp_path, "linear", 0, accuracy, task=task, length=length)
-    write_run(tmp_path, "luna", 0, 0.4)
-    (table,) = tables.build(records.load(tmp_path), "task")
-    assert row_of(table, "linear")["average"] == "45.0"
-    assert row_of(table, "luna")["average"] == ""
-    assert any("Path-X left out" in note for note in table.footnotes)
-
-
-def test_average_over_tasks_is_absent_if_a_task_stands_twice(frame):
-    for table in tables.build(frame, "task"):
-        keys = [column.key for column in table.columns]
-        assert "average" not in keys
-
-
 def test_measurements_show_oom_with_its_reason(frame):
     table = by_title(tables.build(frame), "Time and memory")
     row = next(r for r in table.rows if r["length"] == "16,384" and "math" in r["mechanism"])
     assert (row["status"], row["note"], row["step_ms"]) == ("oom", "out of memory at 139 GiB", "-")
     matrix = by_title(tables.build(frame), "Step time (ms) by length, train")
     assert row_of(matrix, "softmax (kernel=math)")["2"] == "oom"
+
+
+def test_floors_stand_below_the_measurements_too(tmp_path):
+    for model, step_ms in (("identity", 1.0), ("softmax", 9.0), ("linear", 3.0)):
+        for length in (1024, 4096):
+            write_measure(tmp_path, model, "train", length, step_ms)
+    section, *matrices = tables.build(records.load(tmp_path))
+    assert [row["mechanism"] for row in section.rows] == ["linear", "softmax", "identity"] * 2
+    assert [[row["mechanism"] for row in m.rows][-1] for m in matrices] == ["identity"] * 2
+
+
+def test_a_table_without_floors_says_which_are_missing(tmp_path):
+    for model in ("linear", "softmax"):
+        write_run(tmp_path, model, 0, 0.3)
+    (table,) = tables.build(records.load(tmp_path))
+    assert any("model=identity,global_mean" in note for note in table.footnotes)
+
+
+def test_cells_of_another_number_of_seeds_than_usual_say_so(frame):
+    table = by_title(tables.build(frame), "Accuracy (%) by length: ListOps")
+    assert row_of(table, "nystrom")["1"] == "35.4 ± 0.3 (n=2)"
+    assert row_of(table, "softmax")["1"] == "34.4 ± 0.3"
+    assert "mean ± std over 3 seeds unless noted" in table.footnotes
+
+
+def test_cost_columns_are_there_where_records_have_them(small):
+    table = tables.build(small)[0]
+    row = row_of(table, "linear")
+    shown = [row[key] for key in ("params", "flops_per_step", "state_size", "step_ms", "tokens_per_s")]
+    assert shown == ["200 k", "12.5 G", "2.11 k", "2.50", "4.20M"] and row["peak_mem_mib"] == "353"
+    measured = next(t for t in tables.build(small) if t.title[0] == "Time and memory of a step")
+    assert "flops_per_step" not in [column.key for column in measured.columns]
 
 
 def test_csv_has_plain_numbers_and_every_row_once(frame):
@@ -253,6 +303,14 @@ def test_csv_has_plain_numbers_and_every_row_once(frame):
     )
     assert softmax["published_percent"] == "37.1" and softmax["accuracy_percent"] == "34.4"
     assert float(softmax["ci95_low_percent"]) < 34.4 < float(softmax["ci95_high_percent"])
+
+
+def test_csv_of_rows_and_pairs_is_one_file_with_a_kind_per_line(small):
+    rows = list(csv.DictReader(io.StringIO(render.render(tables.build(small, pairs=True), "csv"))))
+    kinds = [row["kind"] for row in rows]
+    assert kinds.count("train") == 6 and kinds.count("pair") == 10 and kinds.count("measure") == 4
+    pair = next(row for row in rows if (row["row"], row["other"]) == ("softmax", "luna"))
+    assert pair["accuracy_percent"] == "" and float(pair["difference_points"]) == pytest.approx(0.6)
 
 
 def test_csv_by_task_has_the_same_rows(frame):
@@ -267,8 +325,8 @@ def test_markdown_cells_cannot_break_the_table(tmp_path):
 
 
 def test_unknown_format_and_arrangement_name_the_choices(frame):
-    with pytest.raises(UserError, match="unknown table format 'latex'.*csv, md, text"):
-        render.render(tables.build(frame), "latex")
+    with pytest.raises(UserError, match="unknown table format 'xlsx'.*csv, html, latex, md, text"):
+        render.render(tables.build(frame), "xlsx")
     with pytest.raises(UserError, match="did you mean 'task'.*length, task"):
         tables.build(frame, "tasks")
 
@@ -279,3 +337,18 @@ def test_a_label_names_only_the_deviations_that_tell_configurations_apart(tmp_pa
     (table,) = tables.build(records.load(tmp_path))
     assert {row["mechanism"] for row in table.rows} == {"softmax (train.lr=0.1)", "softmax"}
     assert "all rows deviate from the paper: seeded" in table.footnotes
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "-"), (0, "0"), (842, "842"), (12_345, "12.3k"), (999_600, "1.00M"), (54.7e12, "54.7T")],
+)
+def test_large_numbers_read_with_three_digits_and_a_prefix(value, text):
+    assert si(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(None, "-"), (0.0004, "< 0.001"), (0.0123, "0.012"), (0.35, "0.35"), (1.0, "1.00")]
+)
+def test_p_values_read_with_two_digits(value, text):
+    assert p_text(value) == text
