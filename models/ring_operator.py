@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from models.common import at_least_fp32
 from models.schedules import tied_product_is_made
@@ -351,3 +352,26 @@ def _backward(ctx, grad, *_):
 
 
 ring_forward.register_autograd(_backward, setup_context=_keep_for_backward)
+
+
+@register_flop_formula(torch.ops.lra_models.ring_forward)
+def _flops(q, k, v, *others, out_shape=None) -> int:
+    return _scores_flops(q, k) + _values_flops(q, v)
+
+
+@register_flop_formula(torch.ops.lra_models.ring_backward)
+def _gradient_flops(grad, out, lse, known, q, k, v, *others, out_shape=None) -> int:
+    return 3 * _scores_flops(q, k) + 2 * _values_flops(q, v)  # scores anew
+
+
+def _scores_flops(q, k) -> int:
+    """Operations of the products of all queries [b h l d] with all keys, of which tied ones need half; blocks
+    of padding that are skipped count.
+    """
+    batch_size, heads, length, width = q
+    return (1 if k is None else 2) * batch_size * heads * length**2 * width
+
+
+def _values_flops(q, v) -> int:
+    batch_size, heads, length, _ = q
+    return 2 * batch_size * heads * length**2 * v[-1]

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from models import Place, build, ring_operator
 from models.common import dense_attention
@@ -388,3 +389,12 @@ def test_a_captured_step_equals_an_eager_one_at_padding_too(monkeypatch):
     for eager, captured in zip(*results, strict=True):
         torch.testing.assert_close(eager, captured, rtol=0, atol=1e-12)
     assert not results[0][0].mT[~mask[:, None, None].expand_as(results[0][0].mT)].any()
+
+
+@pytest.mark.parametrize("tie_qk", [False, True])
+def test_operations_are_counted_as_those_of_attention_with_scores_made_twice(tie_qk):
+    leaves = [x.requires_grad_() for x in qkv()]
+    with FlopCounterMode(display=False) as counter:
+        ring_attention(*leaves, num_units=2, num_blocks=8, tie_qk=tie_qk).sum().backward()
+    product = 2 * 2 * 2 * 24 * 24 * 4
+    assert counter.get_total_flops() == (4 * product // 2 if tie_qk else 4 * product) + 3 * product
