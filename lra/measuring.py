@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 MODES = ("train", "infer")
 WARMUP_CALLS, WARMUP_SECONDS = 3, 3.0  # fewer calls where they take longer than this, compiling apart
-MIN_CALLS, MIN_SECONDS = 10, 1.0  # a cell is timed at least this often and this long,
+MIN_CALLS, MIN_SECONDS = 10, 0.5  # a cell is timed at least this often and this long,
 FEWEST_CALLS, MAX_SECONDS = 3, 10.0  # or only this often where that takes longer than this
 SEARCH_SECONDS = 60.0  # for the largest length that fits
 FINAL = ("ok", "oom", "unsupported")  # statuses that another try would only repeat
