@@ -104,6 +104,7 @@ def test_the_wheel_holds_code_and_configuration_and_nothing_else(wheel):
     }
     assert held == code | conf | about
     assert {"lra/conf/config.yaml", "lra/report/published.csv", "models/softmax.py"} <= held
+    assert {"lra/report/page.css", "lra/report/page.js"} <= held
 
 
 @pytest.mark.slow

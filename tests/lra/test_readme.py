@@ -145,7 +145,7 @@ def test_data_commands_run_one_after_the_other(readers_folder, tmp_path, monkeyp
 
 def test_commands_that_read_records_run(readers_folder, tiny, capsys):
     assert cli.main(["train", *tiny()]) == 0
-    for line in of("list", "table", "plot"):
+    for line in of("list", "table", "plot", "report"):
         capsys.readouterr()
         assert cli.main(words(line)) == 0, line
         assert capsys.readouterr().out.strip(), line

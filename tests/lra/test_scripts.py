@@ -187,13 +187,14 @@ def runs(quickstart) -> list[RunConfig]:
     return [compose(one) for one in expand(train[2:])]
 
 
-def test_quick_start_goes_from_data_to_table_and_figure(quickstart):
-    assert {call[0] for call in quickstart} == {"data", "train", "table", "plot"}
+def test_quick_start_goes_from_data_to_table_and_figure_and_ends_with_the_page(quickstart):
+    assert {call[0] for call in quickstart} == {"data", "train", "table", "plot", "report"}
     assert quickstart[0][:2] == ["data", "prepare"] and quickstart[1][0] == "train"
     (plot,) = [call for call in quickstart if call[0] == "plot"]
     (table,) = [call for call in quickstart if call[0] == "table"]
     folder = plot[1]
     assert table[1] == folder and plot[-1].endswith(".png") and table[-1].endswith(".md")
+    assert quickstart[-1][:4] == ["report", folder, "-o", f"{folder}/report.html"]
 
 
 def test_quick_start_compares_five_mechanisms_and_identity_at_two_lengths_and_seeds(runs):
