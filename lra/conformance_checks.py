@@ -1,5 +1,6 @@
 """Checks of the interface, of padding, and of rows and order: what one token may do to another."""
 
+import itertools
 import math
 
 import torch
@@ -98,18 +99,22 @@ def hooks_answer(subject: Subject) -> Outcome:
 def dropout_acts(subject: Subject) -> Outcome:
     names = [name for name in own_parameters(subject.cls) if "dropout" in name]
     x, mask = subject.inputs(2, 25), subject.prefix([25, 12], 25)
-    plain = subject.with_own(dict.fromkeys(names, 0.0)).probe(max_len=25)(x, mask)
-    for name in names:
+    bounds = torch.tensor([0, 25, 37], dtype=torch.int32, device=x.device)
+    ways = {"": lambda probe: probe(x, mask)[mask]}
+    if subject.traits.packed:
+        ways[" over packed rows"] = lambda probe: probe.forward_packed(x[mask], bounds, 25)
+    for name, (way, call) in itertools.product(names, ways.items()):
+        plain = call(subject.with_own(dict.fromkeys(names, 0.0)).probe(max_len=25))
         probe = subject.with_own({**dict.fromkeys(names, 0.0), name: 0.5}).probe(max_len=25)
-        if change(plain, probe(x, mask), mask) > EXACT:
-            return failed(f"{name}=0.5 acts in evaluation")
+        if change(plain, call(probe)) > EXACT:
+            return failed(f"{name}=0.5 acts in evaluation{way}")
         torch.manual_seed(3)
-        dropped = probe.train()(x, mask)
+        dropped = call(probe.train())
         torch.manual_seed(3)
-        if change(dropped, probe(x, mask), mask) > EXACT:
-            return failed(f"{name}=0.5 differs between two runs of one seed")
-        if not EXACT < change(plain, dropped, mask) < math.inf:
-            return failed(f"{name}=0.5 changes nothing in training")
+        if change(dropped, call(probe)) > EXACT:
+            return failed(f"{name}=0.5 differs between two runs of one seed{way}")
+        if not EXACT < change(plain, dropped) < math.inf:
+            return failed(f"{name}=0.5 changes nothing in training{way}")
     return passed(", ".join(names)) if names else not_applicable("it takes none")
 
 

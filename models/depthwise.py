@@ -12,14 +12,12 @@ from torch.utils.flop_counter import register_flop_formula
 
 from models.common import at_least_fp32, full_precision
 from models.packed import pad_packed, unpad_packed
-from models.row_products import runs_kernels
+from models.row_products import HALF, WIDEST, runs_kernels
 
 # b batch, h heads, l length, d channels of a head, t taps, n blocks, i rows of a block, w rows that it reads;
 # r packed rows
 
 BLOCK = 64
-WIDEST = 64  # a head's channels that one program of a kernel holds
-HALF = (torch.float16, torch.bfloat16)
 
 
 def conv_along(v: Tensor, taps: Tensor) -> Tensor:

@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from models.row_products import matrix_rows, runs_kernels
+from models.row_products import WIDEST, matrix_rows, runs_kernels
 
 # b batch, t rows, h heads, l length, d width, r features
-
-WIDEST = 64
 
 
 def stable_exponentials(

@@ -12,14 +12,12 @@ from torch.utils.flop_counter import register_flop_formula
 
 from models.common import at_least_fp32, full_precision, masked_softmax
 from models.packed import CHUNK, Chunks
-from models.row_products import runs_kernels
+from models.row_products import HALF, WIDEST, runs_kernels
 from models.softmax import compacted, even_bounds, flash, flash_runs
 
 # b sequences, t packed rows, h heads, m keys of a sequence, d, e widths, n chunks, c places of a chunk
 
-WIDEST = 64  # a head's numbers that one program of a kernel holds
 MOST_KEYS = 256
-HALF = (torch.float16, torch.bfloat16)
 
 
 def few_keys_attention(

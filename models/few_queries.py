@@ -1,7 +1,8 @@
 """Softmax attention from the few queries of a sequence, slots or landmarks, to its packed rows.
 
 For half precision, at most 64 queries and heads of at most 64 numbers, on a CUDA GPU the Triton kernels of
-models/kernels/few_queries.py compute it, gradients included; elsewhere torch, with explicit scores.
+models/kernels/few_queries.py compute it, gradients included; elsewhere FlashAttention where that runs and all
+rows are real, or torch with explicit scores.
 """
 
 from dataclasses import replace
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from models.few_keys import HALF, WIDEST
-from models.row_products import runs_kernels, sum_chunks
+from models.row_products import HALF, WIDEST, runs_kernels, sum_chunks
+from models.softmax import even_bounds, flash, flash_runs
 from models.sums import segment_softmax
 
 # b sequences, t packed rows, h heads, m queries of a sequence, d, e widths
@@ -28,16 +29,20 @@ def few_queries_attention(
     *,
     real: Tensor | None = None,
     dropout: float = 0.0,
+    filler: bool = True,
 ) -> Tensor:
     """softmax_j(q_i . k_j / sqrt(d)) v_j over the rows j of i's sequence, those alone with real [t] bool if
     that is given.
 
     q: [b m h d], k: [t h d], v: [t h e] -> [b m h e] in the dtype of v, zeros for a sequence without such
-    rows. Filler rows and rows that are not real reach nothing.
+    rows. Filler rows and rows that are not real reach nothing. `filler` False: every row is a sequence's, and
+    every sequence has one.
     """
     if fits(q, k, v):
         seed = torch.randint(2**62, (1,), device=q.device) if dropout else None
         return _few_queries(q, k, v, real, seed, cu_seqlens, max_len, dropout, q.shape[-1] ** -0.5)[0]
+    if real is None and flash_runs(q, k, v) and k.shape[-1] == v.shape[-1]:
+        return _by_flash(q, k, v, cu_seqlens, max_len, dropout, filler)
     chunks = sum_chunks(cu_seqlens, k.shape[0], max_len)
     if real is not None:
         k, v = (x.masked_fill(~real[:, None, None], 0) for x in (k, v))
@@ -50,6 +55,21 @@ def fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
     half = q.dtype in HALF and q.dtype == k.dtype == v.dtype
     narrow = q.shape[-1] <= WIDEST and v.shape[-1] <= WIDEST and q.shape[1] <= MOST_QUERIES
     return half and narrow and runs_kernels(q, k, v)
+
+
+def _by_flash(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, dropout: float, filler: bool
+) -> Tensor:
+    """With `filler`, of what the kernel leaves there and where a sequence has no rows, gradients included,
+    nothing reaches a product.
+    """
+    if filler:
+        some = (cu_seqlens.diff() > 0)[:, None, None, None]  # sequences with rows
+        real = (torch.arange(k.shape[0], device=k.device) < cu_seqlens[-1])[:, None, None]
+        q, k, v = torch.where(some, q, 0), torch.where(real, k, 0), torch.where(real, v, 0)
+    sizes = even_bounds(q), cu_seqlens.to(torch.int32), q.shape[1], max_len
+    mixed = flash(q.flatten(0, 1), k, v, *sizes, dropout=dropout).unflatten(0, q.shape[:2])
+    return torch.where(some, mixed, 0) if filler else mixed
 
 
 @torch.library.custom_op("lra::few_queries", mutates_args=())

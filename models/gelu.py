@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-HALF = (torch.float16, torch.bfloat16)
+from models.row_products import HALF
 
 # Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26: erfc(z) = exp(-z^2) (A t + ... + E t^5)
 # with t = 1 / (1 + RATE sqrt(2) z), within 1.5e-7. Here z = |x| / sqrt(2).
@@ -18,6 +18,7 @@ TERMS = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)
 RATE = 0.3275911 * 0.5**0.5
 LOG2_E = 1.4426950408889634
 PEAK = 0.3989422804014327  # 1 / sqrt(2 pi)
+BEYOND = 20.0  # the tail past it is 0 in float32
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -28,13 +29,17 @@ def gelu(x: Tensor) -> Tensor:
 
 
 class FewerOperations(torch.autograd.Function):
-    """GELU of a tensor in half precision, computed in float32; no second derivative."""
+    """GELU of a tensor in half precision, computed in float32; no second derivative.
+
+    Of infinity it is infinity, of minus infinity 0 (torch's: NaN); the gradient there is NaN, as torch's is.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         wide = x.float()
-        return (wide.clamp_min(0) - wide.abs() * tail_and_power(wide)[0]).to(x.dtype)
+        size = wide.abs().clamp_max(BEYOND)  # of infinity times a tail of 0 NaN would be left
+        return (wide.clamp_min(0) - size * tail_and_power(wide)[0]).to(x.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -40,6 +40,7 @@ def iterated_inverse(a: Tensor, norm: Tensor, num_iterations: int, *, exact: boo
     and at most SAFE_ITERATIONS, through quick_inverse.py beside it, which changes the inverse by some 1e-3 of
     its norm.
     """
+    assert exact or num_iterations <= SAFE_ITERATIONS, num_iterations
     inverse = a.mT / norm[..., None, None]
     if a.dtype == torch.float32 and a.shape[-1] <= KERNEL_ROWS and num_iterations and runs_kernels(a):
         matrices = (x.reshape(-1, *a.shape[-2:]) for x in (a, inverse))

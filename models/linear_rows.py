@@ -10,11 +10,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from models.common import at_least_fp32
-from models.row_products import linear_sums, runs_kernels
+from models.row_products import WIDEST, linear_sums, runs_kernels
 
 # b sequences, t packed rows, h heads, d, e widths
-
-WIDEST = 64  # a head's numbers that one program of a kernel holds
 
 
 def normalised_sums(

@@ -3,7 +3,8 @@
 Paper    Ma et al. 2021, arXiv 2106.01540, section 3 (pack and unpack attention)
 Computes Y_P = attn(P, X),  Y_X = attn(X, Y_P) W_o,  X' = norm(Y_X + X),  P' = norm(Y_P + P),
          out = norm(FFN(X') + X');  P' is the next layer's P, and the first P is learned
-Cost     time O(L P D), memory O(L P) per head, O((L + P) D) where FlashAttention runs
+Cost     time O(L P D), memory O(L P) per head, O((L + P) D) where FlashAttention or the kernels of
+         few_keys.py and few_queries.py run
 Exact    no; if Y_P were the sequence itself, the unpack step would be dense softmax attention
 Padding  padded keys get weight zero in the pack step; the unpack step sees slots alone; packed rows are
          cut into chunks, over which the pack step of a sequence is summed, or lie as they are where
@@ -35,7 +36,7 @@ from models.few_queries import fits as few_queries_fit
 from models.layers import FeedForward, make_norm
 from models.packed import Chunks
 from models.row_products import sum_chunks
-from models.softmax import even_bounds, flash, flash_runs, softmax_fused
+from models.softmax import even_bounds, flash_runs, softmax_fused
 from models.sums import segment_softmax
 
 
@@ -108,18 +109,11 @@ def pack_rows(
     """`luna_attention` from the slots of each sequence to its packed rows, by the kernels of few_queries.py
     or FlashAttention.
 
-    x_q: [b p h*d], x_kv and `values`: [t h*d] -> [b p h*d], zeros for a sequence without rows. Of what
-    FlashAttention leaves at its slots and at filler rows, gradients included, nothing reaches a product.
+    x_q: [b p h*d], x_kv and `values`: [t h*d] -> [b p h*d], zeros for a sequence without rows; filler rows
+    reach nothing.
     """
     q, k, v = heads(num_heads, x_q, x_kv, values)
-    if few_queries_fit(q, k, v):
-        return few_queries_attention(q, k, v, cu_seqlens, max_len, dropout=dropout).flatten(2)
-    some = (cu_seqlens.diff() > 0)[:, None, None, None]  # sequences with rows
-    real = (torch.arange(k.shape[0], device=k.device) < cu_seqlens[-1])[:, None, None]
-    q, k, v = torch.where(some, q, 0), torch.where(real, k, 0), torch.where(real, v, 0)
-    sizes = even_bounds(q), cu_seqlens.to(torch.int32), q.shape[1], max_len
-    mixed = flash(q.flatten(0, 1), k, v, *sizes, dropout=dropout)
-    return torch.where(some, mixed.unflatten(0, q.shape[:2]), 0).flatten(2)
+    return few_queries_attention(q, k, v, cu_seqlens, max_len, dropout=dropout).flatten(2)
 
 
 def unpack_rows(

@@ -7,7 +7,8 @@ Cost     time O(L M D + M^3), memory O(L M) per head, O((L + M) D + M^2) where k
 Exact    if num_landmarks >= length: then it is dense softmax attention (+ conv), as in the released code
 Padding  segments are means over real tokens; segments without one are dropped from both small softmaxes,
          padded keys from the third; V is zeroed before the convolution; packed rows are padded, but where
-         kernels for rows run: in half precision on a GPU, with segments of the padded length as elsewhere
+         kernels for rows run, with segments of the padded length as elsewhere: in half precision on a GPU,
+         for more positions than landmarks and at most 8 iterations (in bfloat16 any number)
 Differs  masks as above (released code: zeroed padding counts in the means, and segments of padding stay as
          landmarks, here `count_padding`); a length that is no multiple of num_landmarks is padded at its end,
          so the last segments may be empty; the start of the inverse is scaled per matrix (released code: per
@@ -32,11 +33,10 @@ from models.common import (
 from models.depthwise import conv_along, conv_rows
 from models.few_keys import few_keys_attention
 from models.few_queries import few_queries_attention
-from models.few_queries import fits as few_queries_fit
 from models.landmark_rows import LandmarkRows
 from models.landmarks import SAFE_ITERATIONS, iterated_inverse
 from models.packed import pad_packed, unpad_packed
-from models.softmax import even_bounds, flash, flash_runs
+from models.softmax import even_bounds, flash_runs
 
 
 def segment_means(
@@ -150,29 +150,12 @@ def nystrom_rows(
             between = between * used[:, None, :, None]
         norm = start_norm(between, coupled_start=coupled_start)
         inverse = iterated_inverse(between, norm, num_iterations, exact=num_iterations > SAFE_ITERATIONS)
-        to_keys = _read_rows(q_mean.to(v.dtype), k, v, cu_seqlens, max_len, filler=filler)
+        to_keys = few_queries_attention(q_mean.to(v.dtype), k, v, cu_seqlens, max_len, filler=filler)
         values = torch.einsum("bhmn,bnhd->bmhd", inverse, to_keys.to(inverse.dtype)).to(v.dtype)
         mixed = few_keys_attention(q, k_mean.to(v.dtype), values, cu_seqlens, max_len, used=used)
         if conv_weight is not None:
             mixed = conv_rows(v, conv_weight[:, 0, :, 0], cu_seqlens, max_len, base=mixed)
     return mixed
-
-
-def _read_rows(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, *, filler: bool) -> Tensor:
-    """Softmax attention from landmarks q [b m h d] to the rows k, v [t h d] of their sequence -> [b m h d].
-
-    With `filler`, of what FlashAttention leaves there and where a sequence has no rows, gradients included,
-    nothing reaches a product.
-    """
-    if few_queries_fit(q, k, v):
-        return few_queries_attention(q, k, v, cu_seqlens, max_len)
-    if filler:
-        some = (cu_seqlens.diff() > 0)[:, None, None, None]
-        real = (torch.arange(k.shape[0], device=k.device) < cu_seqlens[-1])[:, None, None]
-        q, k, v = torch.where(some, q, 0), torch.where(real, k, 0), torch.where(real, v, 0)
-    sizes = even_bounds(q), cu_seqlens.to(torch.int32), q.shape[1], max_len
-    mixed = flash(q.flatten(0, 1), k, v, *sizes, dropout=0.0).unflatten(0, q.shape[:2])
-    return torch.where(some, mixed, 0) if filler else mixed
 
 
 @register("nystrom")

@@ -123,6 +123,8 @@ def read_padded(cu_seqlens: Tensor, max_len: int, *tensors: Tensor) -> tuple[Ten
     joins with what reads the result, where that writes them.
     """
     num_rows = tensors[0].shape[0]
+    if num_rows == 0:  # there is no row to read
+        return tuple(x.sum(dim=0).expand(cu_seqlens.shape[0] - 1, max_len, *x.shape[1:]) for x in tensors)
     where = Segments.of(cu_seqlens, num_rows)
     place = torch.where(where.real, where.segment * max_len + where.position, 0)  # [t]
     position = torch.arange(max_len, device=cu_seqlens.device)

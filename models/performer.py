@@ -4,14 +4,16 @@ Paper    Choromanski et al. 2021, arXiv 2009.14794, lemma 1 (positive features) 
 Computes out_i = f(q_i) S / (f(q_i) . z)   with   S = sum_j f(k_j) v_j^T,   z = sum_j f(k_j),
          softmax   f(x)_r = exp(w_r . x' - |x'|^2 / 2 - c) + eps,   x' = x / d^(1/4)
          relu      f(x)_r = max(w_r . x, 0) + eps (generalised attention); num_features=0: x_r for w_r . x
-Cost     time O(L R D), memory O(L R + R D) per head
+Cost     time O(L R D), memory O(L R + R D) per head, O(L D + R D) where the kernels of random_features.py run
 Exact    no; its error against dense softmax attention falls as R^(-1/2), down to the bias that eps adds
 Padding  padded keys take no part in c and leave S and z unchanged
 Differs  c for keys is over the real keys of one row and head (released code: all keys; performer-pytorch of
          early 2021: those of all rows and heads, `coupled_stabiliser`); the factor R^(-1/2) is left out as it
-         cancels; a redraw is a function of seed, layer and step, not of the data. Released code by options:
-         LRA's is use_mask=False with kernel=relu num_features=0 eps=1e-3, or with num_features=2 eps=1e-6 for
-         ListOps; Nystromformer's is double_scaling=True zero_padding=True coupled_stabiliser=True
+         cancels; a redraw is a function of seed, layer and step, not of the data; where the kernels of
+         random_features.py run, of several features that attain c one gets its whole gradient. Released code
+         by options: LRA's is use_mask=False with kernel=relu num_features=0 eps=1e-3, or with num_features=2
+         eps=1e-6 for ListOps; Nystromformer's is double_scaling=True zero_padding=True
+         coupled_stabiliser=True
 """
 # b batch, h heads, l length, t packed tokens, d head dim (keys), e head dim (values), r features
 
@@ -80,7 +82,7 @@ def favor_attention(
     `coupled_stabiliser` takes one c for the keys of all rows and heads.
     """
     power = 0.5 if double_scaling else 0.25
-    if kernel == "softmax" and not coupled_stabiliser and fits_kernels(q, k, v, features):
+    if kernel == "softmax" and not coupled_stabiliser and fits_kernels(q, k, v, features, eps):
         real = None if mask is None else mask.flatten()
         options = {"eps": eps, "power": power, "floor": norm_floor(len(features), eps), "real": real}
         return batch_of(feature_attention(*rows_of(q, k, v), features, *offsets_of(q), **options), q)
@@ -110,7 +112,7 @@ def favor_attention_packed(
 ) -> Tensor:
     """`favor_attention` within each packed sequence. q, k: [t h d], v: [t h e] -> [t h e]."""
     power = 0.5 if double_scaling else 0.25
-    if kernel == "softmax" and fits_kernels(q, k, v, features):
+    if kernel == "softmax" and fits_kernels(q, k, v, features, eps):
         options = {"eps": eps, "power": power, "floor": norm_floor(len(features), eps)}
         return feature_attention(q, k, v, features, cu_seqlens, max_len, **options)
     q, k = at_least_fp32(q, k)

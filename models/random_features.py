@@ -1,9 +1,10 @@
 """Attention through positive random features of softmax within packed sequences, features never written.
 
-For rows of one dtype, float32 or half precision, heads of at most 64 numbers and at most 512 features, on a
-CUDA GPU the Triton kernels of models/kernels/random_features.py compute it, gradients included; where it does
-not fit them, models/performer.py has it in torch. In half precision the products in exponents are exact up to
-float32, those of powers with values and states are of operands rounded once.
+For rows of one dtype, float32 or (with eps of at least 1e-8) half precision, heads of at most 64 numbers and
+at most 512 features, on a CUDA GPU the Triton kernels of models/kernels/random_features.py compute it,
+gradients included; where it does not fit them, models/performer.py has it in torch. In half precision the
+products in exponents are exact up to float32, those of powers with values and states are of operands rounded
+once.
 """
 
 import math
@@ -12,19 +13,25 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from models.row_products import runs_kernels
+from models.row_products import WIDEST, runs_kernels
 
 # b sequences, t packed rows, h heads, d, e widths, r features
 
-WIDEST, MOST_FEATURES = 64, 512
+MOST_FEATURES = 512
+LEAST_EPS = 1e-8  # in half precision
 TILE = 64  # features that a program of a kernel holds at a time
 
 
-def fits_kernels(q: Tensor, k: Tensor, v: Tensor, features: Tensor) -> bool:
-    """True if `feature_attention` can compute these."""
+def fits_kernels(q: Tensor, k: Tensor, v: Tensor, features: Tensor, eps: float) -> bool:
+    """True if `feature_attention` can compute these.
+
+    In half precision what gradients of k and v are made of is about eps in size, and below LEAST_EPS it would
+    underflow.
+    """
     narrow = q.shape[-1] <= WIDEST and v.shape[-1] <= WIDEST and features.shape[0] <= MOST_FEATURES
     alike = q.dtype == k.dtype == v.dtype and features.dtype == torch.float32
-    return narrow and alike and runs_kernels(q, k, v, features)
+    held = q.dtype == torch.float32 or eps >= LEAST_EPS
+    return narrow and alike and held and runs_kernels(q, k, v, features)
 
 
 def feature_attention(

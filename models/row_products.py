@@ -24,7 +24,9 @@ from models.packed import CHUNK, Chunks
 
 # b sequences, t packed rows, h heads, n chunks, c places of a chunk, d, e widths
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HALF = (torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, *HALF)
+WIDEST = 64  # a head's numbers that one program of most kernels holds
 OLDEST = (8, 0)  # compute capability: older GPUs have no TensorFloat-32
 
 log = logging.getLogger("lra.models.row_products")  # below `lra`: a run's log collects that
@@ -34,7 +36,7 @@ _wanted = True
 
 @contextmanager
 def kernels(wanted: bool) -> Iterator[None]:
-    """Inside, with False, no kernel is used: for comparisons with torch's products."""
+    """Inside, with False, no Triton kernel of ours is used: for comparisons with torch's products."""
     global _wanted
     before, _wanted = _wanted, wanted
     try:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.common import Block, Place, Traits, at_least_fp32, full_precision, masked_softmax, register
+from models.dropout import Dropout
 from models.layers import make_norm
 from models.packed import Chunks
 from models.row_products import sum_chunks
@@ -132,7 +133,7 @@ class Star(Block):
             self.relay_q, self.relay_kv = (nn.Linear(width, n * inner, bias=place.bias) for n in (1, 2))
             self.relay_out = nn.Linear(inner, width, bias=place.bias)
             self.relay_norm = make_norm(norm, width, stats=norm_stats, eps=norm_eps)
-        self.dropout, self.attn_dropout = nn.Dropout(dropout), nn.Dropout(attn_dropout)
+        self.dropout, self.attn_dropout = Dropout(dropout), nn.Dropout(attn_dropout)
         if norm == "batch" and norm_stats == "all":
             self.traits = self.traits.but(
                 "its norms count padding, which packed rows have none of", packed=False

@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from models.depthwise import WIDEST
 from models.kernels.linear import zero_rows
 from models.kernels.rows import block_size
+from models.row_products import WIDEST
 
 # b sequences, t packed rows, h heads, d channels, i rows of a block, w rows that it reads
 

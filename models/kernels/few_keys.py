@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from models.few_keys import MOST_KEYS, WIDEST
+from models.few_keys import MOST_KEYS
 from models.kernels.linear import zero_rows
 from models.kernels.rows import block_size
+from models.row_products import WIDEST
 
 # b sequences, t packed rows, h heads, m keys of a sequence, d, e widths
 
@@ -212,16 +213,17 @@ def part_size(rows: int, max_len: int, programs: int, least: int) -> int:
 
 
 def options_of(k: Tensor, v: Tensor, used: Tensor | None, dropout: float) -> dict:
-    _, m, _, d = k.shape
+    (_, m, _, d), e = k.shape, v.shape[-1]
+    assert m <= MOST_KEYS and max(d, e) <= WIDEST, (m, d, e)  # what follows would leave the rest out
     keep_from = round(dropout * 2**16)
     return {
         "USED": used is not None,
         "KEEP_FROM": keep_from,
         "GAIN": 2**16 / (2**16 - keep_from) if keep_from < 2**16 else 0.0,
         "D": d,
-        "E": v.shape[-1],
+        "E": e,
         "M": m,
         "BLOCK_D": block_size(d, WIDEST),
-        "BLOCK_E": block_size(v.shape[-1], WIDEST),
+        "BLOCK_E": block_size(e, WIDEST),
         "BLOCK_M": block_size(m, MOST_KEYS),
     }

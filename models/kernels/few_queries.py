@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from models.few_queries import MOST_QUERIES
 from models.kernels.few_keys import LOG2_E, kept, keys_of, options_of, part_size, row_bits, rows_of
 
 # b sequences, t packed rows, h heads, m queries of a sequence, d, e widths
@@ -156,6 +157,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """q [b m h d], k [t h d], v [t h e], real [t] bool, seed [1] int64 -> [b m h e], [b m h] float32."""
     (batch_size, m, heads, _), (num_rows, _, e) = q.shape, v.shape
+    assert m <= MOST_QUERIES, m  # a program's registers hold no more
     part_rows = part_size(num_rows * heads, max_len, PROGRAMS, MIN_PART)
     parts = max(triton.cdiv(max_len, part_rows), 1)
     sums = q.new_empty(parts, batch_size, m, heads, dtype=torch.float32)

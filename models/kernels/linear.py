@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from models.kernels.rows import block_size, part_size, tf32_parts
-from models.linear_rows import WIDEST
+from models.row_products import WIDEST
 
 # b sequences, t packed rows, h heads, d, e widths; a state [d e+1] has the sum of keys as its last column
 

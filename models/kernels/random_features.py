@@ -13,7 +13,8 @@ from torch import Tensor
 
 from models.kernels.linear import zero_rows
 from models.kernels.rows import block_size, part_size, tf32_parts
-from models.random_features import MOST_FEATURES, TILE, WIDEST
+from models.random_features import MOST_FEATURES, TILE
+from models.row_products import WIDEST
 
 # b sequences, t packed rows, h heads, d, e widths, r vectors, n tiles of vectors. Values are taken less their
 # mean, which the output gets back, so that what they have in common costs no accuracy: states [r*(e+1)] are

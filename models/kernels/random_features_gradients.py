@@ -25,6 +25,7 @@ from models.kernels.random_features import (
 # b sequences, t packed rows, h heads, d, e widths, r vectors, n tiles of vectors
 
 LN2 = tl.constexpr(0.6931471805599453)
+LIFT = tl.constexpr(4096.0)  # of powers up to 1, so that small ones stay in half precision
 
 
 @triton.jit
@@ -207,7 +208,7 @@ def key_gradients_kernel(
                 moved *= power
                 along = along * rise + tl.sum(moved, axis=1)
                 x_grad = tl.dot(moved.to(x.dtype), high, x_grad * rise[:, None], input_precision=PRECISION)
-                power = (power * 4096.0).to(y.dtype)
+                power = (power * LIFT).to(y.dtype)
                 y_grad = tl.dot(power, s, y_grad * rise[:, None], input_precision=PRECISION)
                 top = larger
             tile = tl.arange(0, TILES_LOADED)
@@ -222,7 +223,7 @@ def key_gradients_kernel(
             x_grad *= (down / shrink)[:, None]
             attains = rows == tl.load(place + 2 * state)
             x_grad -= tl.where(attains, tl.sum(more, axis=0), 0.0)[:, None] * w[None, :]
-            y_grad = y_grad * (down / 4096.0)[:, None] + eps * sums[None, :]
+            y_grad = y_grad * (down / LIFT)[:, None] + eps * sums[None, :]
             x_grad, y_grad = tl.where(keep_d, x_grad * LN2, 0.0), tl.where(keep_e, y_grad, 0.0)
             place_d = k_grad + rows[:, None] * k_grad_t + head * D + d[None, :]
             place_e = v_grad + rows[:, None] * v_grad_t + head * E + e[None, :]

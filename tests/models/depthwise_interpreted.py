@@ -13,6 +13,7 @@ import torch  # noqa: E402
 from test_depthwise import bounds, draw_rows, row_results  # noqa: E402
 
 from models import depthwise  # noqa: E402
+from models.kernels import depthwise as kernels  # noqa: E402
 
 LENGTHS, TINY = (300, 0, 1, 129, 33), (5, 0, 70)
 
@@ -39,6 +40,9 @@ if __name__ == "__main__":
     depthwise.runs_kernels = lambda *tensors: True
     show("float16", *differences(torch.float16, 35, 32, LENGTHS))
     show("float16", *differences(torch.float16, 35, 32, LENGTHS, added=False))
+    kernels.PROGRAMS, before = 3, kernels.PROGRAMS  # each adds up several parts
+    show("float16", *differences(torch.float16, 35, 32, LENGTHS))
+    kernels.PROGRAMS = before
     show("float16", *differences(torch.float16, 65, 33, TINY))
     show("float16", *differences(torch.float16, 1, 3, TINY))
     compiled = torch.compile(depthwise.conv_rows, fullgraph=True, dynamic=True, backend="aot_eager")

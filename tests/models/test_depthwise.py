@@ -75,7 +75,7 @@ def test_products_of_the_kernels_are_counted():
 def test_kernels_in_the_interpreter_equal_float64_in_outputs_and_gradients():
     """Needs Triton but no GPU. Taps and results are rounded to half precision."""
     *found, opcheck = interpreted("depthwise")
-    assert len(found) == 6 and opcheck == ["opcheck"]
+    assert len(found) == 7 and opcheck == ["opcheck"]
     for _, *differences in found:
         assert all(float(x) < 1e-3 for x in differences), differences
 

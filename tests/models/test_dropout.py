@@ -27,11 +27,19 @@ def correlation(a, b, p):
     return together.sum().item() / (p * (1 - p) * math.sqrt(a.numel()))
 
 
-def lowbias32(position, key):
-    """The hash in Python's whole numbers, from its source, with the key put in before each multiplication."""
+def triple32(position, key):
+    """The hash in Python's whole numbers, from its source, with the key put in around the first product."""
     state = (position ^ key[0]) % 2**32
-    state = ((state ^ state >> 16) * 0x7FEB352D + key[1]) % 2**32
-    return (state ^ state >> 15) * 0x846CA68B % 2**32
+    state = ((state ^ state >> 17) * 0xED5AD4BB + key[1]) % 2**32
+    state = (state ^ state >> 11) * 0xAC4C1B51 % 2**32
+    return (state ^ state >> 15) * 0x31848BAB % 2**32
+
+
+def two_rounds_kept(key, shape, p):
+    """By lowbias32, a hash of two multiplications."""
+    state = torch.arange(shape[0], dtype=torch.int32) ^ key[0]
+    state = (state ^ (state >> 16 & 0xFFFF)) * 0x7FEB352D + key[1]
+    return (state ^ (state >> 15 & 0x1FFFF)) * (0x846CA68B - 2**32) >= threshold(p)
 
 
 def compiled(call):
@@ -45,7 +53,7 @@ def test_the_hash_is_that_of_unsigned_32_bit_numbers():
     assert {key[0].item() < 0 for key in drawn} == {True, False}
     for key in drawn:
         found = kept(key, torch.Size([places.stop]), p)[places.start :].tolist()
-        hashes = [lowbias32(place, key.tolist()) for place in places]
+        hashes = [triple32(place, key.tolist()) for place in places]
         # The comparison is one of signed numbers, which puts the upper half of the unsigned ones first.
         assert found == [(number + 2**31) % 2**32 >= round(p * 2**32) for number in hashes]
 
@@ -73,6 +81,19 @@ def test_an_element_is_dropped_whatever_becomes_of_its_neighbours(p):
         found += [correlation(mask[step:], mask[:-step], p) for step in steps]
     assert max(map(abs, found)) < 4.5
     assert torch.tensor(found).std() < 1.5
+
+
+def test_over_many_keys_elements_far_apart_are_dropped_independently_as_those_of_two_rounds_are_not():
+    torch.manual_seed(0)
+    found, drawn, num = {}, keys(6), 2**21
+    for draw in (two_rounds_kept, kept):
+        masks = [~draw(key, torch.Size([num]), 0.5) for key in drawn]
+        for step in (1024, 8192):
+            alike = [(mask[step:] == mask[:-step]).count_nonzero().item() for mask in masks]
+            total = len(drawn) * (num - step)
+            found[draw, step] = abs(2 * sum(alike) - total) / math.sqrt(total)  # in standard deviations
+    assert found[two_rounds_kept, 8192] > 8
+    assert max(found[kept, 1024], found[kept, 8192]) < 4
 
 
 @pytest.mark.parametrize("width", [8, 64])
@@ -165,6 +186,27 @@ def test_the_module_shows_its_probability_and_has_no_state():
     assert not Dropout(0.25).state_dict()
     with pytest.raises(ValueError, match="between 0 and 1"):
         Dropout(1.5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
+def test_on_a_gpu_without_a_compiler_it_is_the_dropout_of_torch_bit_by_bit(p):
+    x, found = torch.randn(3000, device="cuda"), []
+    for call in (dropout, F.dropout):
+        torch.manual_seed(4)
+        found.append(call(x, p))
+    assert torch.equal(*found)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("p", [0.0, 1.0])
+def test_compiled_on_a_gpu_it_keeps_all_or_nothing_at_the_ends(p):
+    torch._dynamo.reset()
+    x = torch.randn(3000, device="cuda", requires_grad=True)
+    out = torch.compile(lambda x: dropout(x, p), fullgraph=True)(x)
+    (grad,) = torch.autograd.grad(out.sum(), x)
+    assert torch.equal(out, x * (1 - p)) and torch.equal(grad, torch.full_like(x, 1 - p))
+    torch._dynamo.reset()
 
 
 @pytest.mark.gpu

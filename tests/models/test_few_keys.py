@@ -1,5 +1,6 @@
 """Softmax attention to few keys: in torch and by Triton kernels equal to the formula, gradients included."""
 
+import importlib
 from functools import partial
 
 import flash_stand_in
@@ -88,6 +89,31 @@ def test_products_of_kernels_are_counted_as_those_of_fused_attention_are():
         out, _ = torch.ops.lra.few_keys(q, k, v, None, None, cu_seqlens, 60, 0.0, 1.0)
         torch.autograd.grad(out.sum(), (q, k, v))
     assert counter.get_total_flops() == 2 * 100 * 2 * 16 * (4 * 8 + 3 * 5)  # scores twice
+
+
+def test_kernels_are_not_for_what_they_do_not_hold(monkeypatch):
+    monkeypatch.setattr(few_keys, "runs_kernels", lambda *tensors: True)
+    shapes = {"m": 256, "d": 64, "e": 64, "dtype": torch.float16}
+    for change, fit in (
+        ({}, True),
+        ({"m": 257}, False),
+        ({"d": 65}, False),
+        ({"e": 65}, False),
+        ({"dtype": torch.float32}, False),
+    ):
+        m, d, e, dtype = {**shapes, **change}.values()
+        q, k, v = (torch.zeros(shape, dtype=dtype) for shape in ((9, 2, d), (3, m, 2, d), (3, m, 2, e)))
+        assert fits(q, k, v) == fit, change
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("m", "d", "e"), [(257, 8, 8), (16, 65, 8), (16, 8, 65)])
+def test_kernels_refuse_what_they_would_leave_out(m, d, e):
+    """Needs Triton but no GPU."""
+    kernels = pytest.importorskip("triton") and importlib.import_module("models.kernels.few_keys")
+    with pytest.raises(AssertionError):
+        kernels.options_of(torch.zeros(3, m, 2, d), torch.zeros(3, m, 2, e), None, 0.0)
+    assert kernels.options_of(torch.zeros(3, 256, 2, 64), torch.zeros(3, 256, 2, 64), None, 0.0)["M"] == 256
 
 
 @pytest.mark.slow

@@ -1,7 +1,9 @@
 """Softmax attention from few queries: in torch and by Triton kernels equal to the formula, gradients too."""
 
+import importlib
 from functools import partial
 
+import flash_stand_in
 import pytest
 import torch
 from few_keys_reference import explicit_queries, kept, offsets
@@ -9,6 +11,7 @@ from interpreter import interpreted
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from models import few_queries
 from models.few_queries import few_queries_attention, fits
 
 LENGTHS, FILLER = (300, 0, 1, 129, 5), 70
@@ -36,15 +39,32 @@ def results(call, leaves, **options):
     return [out, *torch.autograd.grad((out.double() * weights).sum(), leaves)]
 
 
+@pytest.mark.parametrize("flash", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("lengths", [LENGTHS, (5, 0, 1, 3, 2)])
-def test_torch_computes_the_formula_and_filler_and_rows_that_are_not_real_reach_nothing(lengths, masked):
-    real, given = draw(lengths, masked=masked)
+def test_torch_computes_the_formula_and_filler_and_rows_that_are_not_real_reach_nothing(
+    lengths, masked, flash, monkeypatch
+):
+    """`flash`: by a stand-in for FlashAttention, hostile where that promises nothing; it is for real rows."""
+    real, given = draw(lengths, e=5, masked=masked)
+    if flash:
+        monkeypatch.setattr(few_queries, "flash_runs", lambda q, k, v: True)
+        monkeypatch.setattr(few_queries, "flash", flash_stand_in.explicit)
+        monkeypatch.delattr(few_queries, "sum_chunks") if real is None else None
     attend = partial(few_queries_attention, cu_seqlens=offsets(lengths), max_len=max(lengths), real=real)
     clean = [x.nan_to_num() for x in given]
     expected = results(partial(explicit_queries, lengths=lengths, real=real), clean)
     for a, b in zip(results(attend, given), expected, strict=True):
         torch.testing.assert_close(a, b, **EXACT)
+
+
+def test_dropout_reaches_flash(monkeypatch):
+    seen = []
+    monkeypatch.setattr(few_queries, "flash_runs", lambda q, k, v: True)
+    monkeypatch.setattr(few_queries, "flash", lambda q, *rest, dropout: seen.append(dropout) or q)
+    _, given = draw(e=5)
+    few_queries_attention(*given, offsets(LENGTHS), max(LENGTHS), dropout=0.3)
+    assert seen == [0.3]
 
 
 def test_products_of_kernels_are_counted_as_those_of_fused_attention_are():
@@ -54,6 +74,30 @@ def test_products_of_kernels_are_counted_as_those_of_fused_attention_are():
         out, _ = torch.ops.lra.few_queries(q, k, v, None, None, cu_seqlens, 60, 0.0, 1.0)
         torch.autograd.grad(out.sum(), (q, k, v))
     assert counter.get_total_flops() == 2 * 100 * 2 * 16 * (4 * 8 + 3 * 5)  # scores twice
+
+
+def test_kernels_are_not_for_what_they_do_not_hold(monkeypatch):
+    monkeypatch.setattr(few_queries, "runs_kernels", lambda *tensors: True)
+    shapes = {"m": 64, "d": 64, "e": 64, "dtype": torch.float16}
+    for change, fit in (
+        ({}, True),
+        ({"m": 65}, False),
+        ({"d": 65}, False),
+        ({"e": 65}, False),
+        ({"dtype": torch.float32}, False),
+    ):
+        m, d, e, dtype = {**shapes, **change}.values()
+        q, k, v = (torch.zeros(shape, dtype=dtype) for shape in ((3, m, 2, d), (9, 2, d), (9, 2, e)))
+        assert fits(q, k, v) == fit, change
+
+
+@pytest.mark.slow
+def test_kernels_refuse_more_queries_than_they_hold():
+    """Needs Triton but no GPU."""
+    kernels = pytest.importorskip("triton") and importlib.import_module("models.kernels.few_queries")
+    q, k = torch.zeros(1, 65, 2, 8).half(), torch.zeros(9, 2, 8).half()
+    with pytest.raises(AssertionError):
+        kernels.forward(q, k, k, None, None, offsets((9,)), 9, 0.0, 1.0)
 
 
 @pytest.mark.slow

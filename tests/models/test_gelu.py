@@ -56,6 +56,14 @@ def test_large_numbers_of_both_signs_give_themselves_and_zero():
     assert slope.tolist() == [0.0, 0.0, 1.0, 1.0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_infinity_gives_infinity_and_minus_infinity_zero(dtype):
+    x = torch.tensor([torch.inf, -torch.inf, torch.nan], dtype=dtype)
+    out, slope = with_slope(FewerOperations.apply, x)
+    assert out[:2].tolist() == [torch.inf, 0.0] and out[2].isnan()
+    assert slope.isnan().all() and with_slope(F.gelu, x)[1].isnan().all()  # torch's at infinity too
+
+
 def test_the_compiler_traces_it_whole_for_any_number_of_rows():
     torch._dynamo.reset()
     call = torch.compile(FewerOperations.apply, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -69,6 +77,14 @@ def test_the_compiler_traces_it_whole_for_any_number_of_rows():
 def test_on_a_cpu_it_is_the_gelu_of_torch(dtype):
     x = torch.randn(100, dtype=dtype)
     assert torch.equal(gelu(x), F.gelu(x))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_on_a_gpu_without_a_compiler_it_is_the_gelu_of_torch_bit_by_bit(dtype):
+    x = torch.randn(3000, device="cuda", dtype=dtype)
+    for found, expected in zip(with_slope(gelu, x), with_slope(F.gelu, x), strict=True):
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.gpu

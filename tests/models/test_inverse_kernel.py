@@ -1,5 +1,6 @@
 """The iterated inverse by Triton kernels: equal to torch's products, in outputs and gradients."""
 
+import functools
 from functools import partial
 
 import pytest
@@ -9,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import landmarks
-from models.landmarks import iterated_inverse
+from models.landmarks import SAFE_ITERATIONS, iterated_inverse
 from models.nystrom import start_norm
 
 
@@ -65,6 +66,13 @@ def test_is_taken_for_float32_up_to_64_rows(monkeypatch):
     assert taken == [(6, 64, 64), (1, 64, 64)]
 
 
+def test_the_quick_one_refuses_iterations_whose_iterates_may_leave_float16():
+    a, norm = matrices(6, 1.0)
+    iterated_inverse(a, norm, SAFE_ITERATIONS, exact=False)
+    with pytest.raises(AssertionError):
+        iterated_inverse(a, norm, SAFE_ITERATIONS + 1, exact=False)
+
+
 def test_its_products_are_counted_as_those_of_torch_are():
     counts = []
     by_kernels = [partial(torch.ops.lra.iterated_inverse, exact=exact) for exact in (True, False)]
@@ -77,10 +85,15 @@ def test_its_products_are_counted_as_those_of_torch_are():
     assert counts[0] == counts[1] == counts[2] == 3 * 5 * 4 * 2 * 8**3 * 3
 
 
+@functools.cache
+def in_the_interpreter():
+    return interpreted("inverse")
+
+
 @pytest.mark.slow
 def test_in_the_interpreter_it_is_as_near_to_float64_as_torch_in_float32():
     """Needs Triton but no GPU."""
-    *cases, (compiled, *away), opcheck = (line for line in interpreted("inverse") if line[0] != "half")
+    *cases, (compiled, *away), opcheck = (line for line in in_the_interpreter() if line[0] != "half")
     assert len(cases) == 7 and compiled == "compiled" and opcheck == ["opcheck"]
     assert all(float(x) < 1e-12 for x in away)
     for case in cases:
@@ -91,7 +104,7 @@ def test_in_the_interpreter_it_is_as_near_to_float64_as_torch_in_float32():
 @pytest.mark.slow
 def test_in_the_interpreter_the_quick_one_is_as_near_as_operands_of_11_bits_let_it():
     """Needs Triton but no GPU."""
-    cases = [line[1:] for line in interpreted("inverse") if line[0] == "half"]
+    cases = [line[1:] for line in in_the_interpreter() if line[0] == "half"]
     assert len(cases) == 7
     assert all(float(x) < 5e-3 for case in cases for x in case[3:]), cases
 

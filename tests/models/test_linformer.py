@@ -105,6 +105,13 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(mechanism(x), mechanism(x))
 
 
+def test_packed_attention_drops_its_weights_in_training_only():
+    mechanism = build("linformer", Place(d_model=8, num_heads=2, max_len=9), attn_dropout=1.0)
+    q, bounds = torch.randn(12, 2, 4), torch.tensor([0, 9, 12], dtype=torch.int32)
+    assert not mechanism.attend_packed(q, q, q, bounds, 9).any()
+    assert mechanism.eval().attend_packed(q, q, q, bounds, 9).all()
+
+
 def test_input_past_the_longest_length_is_refused():
     mechanism = build("linformer", Place(d_model=8, num_heads=2, max_len=30))
     with pytest.raises(ValueError, match="at most 30 positions and got 31"):

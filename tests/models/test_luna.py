@@ -197,6 +197,19 @@ def test_dropout_of_packed_attention_acts_in_training_only():
     assert not any(torch.equal(one, other) for one, other in zip(run(), run(), strict=True))
 
 
+@pytest.mark.parametrize(("packed", "by_rows"), [(False, False), (True, False), (True, True)])
+def test_each_of_both_steps_drops_its_weights(packed, by_rows, monkeypatch):
+    """Where all are dropped Y_P is zero, and Y_X what is left: a bias. `by_rows`: not in chunks."""
+    luna, ((rows, cu_seqlens), (x, mask)) = layer(attn_dropout=1.0).train(), packed_and_padded()
+    if by_rows:
+        monkeypatch.setattr("models.luna.few_queries_fit", lambda q, k, v: True)
+    slots = luna.init_carry(5)
+    mixed, summary = luna.mix_packed(rows, slots, cu_seqlens, 270) if packed else luna.mix(x, slots, mask)
+    assert not summary.any() and slots.any()
+    assert torch.equal(mixed, luna.out.bias.expand_as(mixed))
+    assert luna.unpack_kv.bias.any()  # so that slots of zeros give values that are none
+
+
 def test_no_slots_are_refused():
     with pytest.raises(ValueError, match="proj_len >= 1"):
         layer(proj_len=0)

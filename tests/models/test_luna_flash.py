@@ -7,7 +7,7 @@ import torch
 from flash_stand_in import explicit
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from models import Place, build, few_keys, luna, softmax
+from models import Place, build, few_keys, few_queries, luna, softmax
 from models.luna import luna_attention, pack_rows, unpack_rows
 from models.packed import pad_packed, unpad_packed
 from models.row_products import kernels
@@ -33,8 +33,9 @@ def on_a_gpu(monkeypatch):
     """Calling it takes the path of a GPU from there on, with the stand-in for its operator."""
 
     def switch():
-        for module in (few_keys, luna, softmax):
+        for module in (few_keys, few_queries, luna, softmax):
             monkeypatch.setattr(module, "flash_runs", lambda q, k, v: True)
+        for module in (few_keys, few_queries, softmax):
             monkeypatch.setattr(module, "flash", explicit)
 
     return switch
@@ -83,7 +84,8 @@ def test_padded_rows_train_as_with_explicit_scores(own, full, on_a_gpu):
 
 def test_no_row_of_the_path_of_a_gpu_is_padded(on_a_gpu, monkeypatch):
     on_a_gpu()
-    monkeypatch.delattr(luna, "sum_chunks")
+    for module in (luna, few_queries):
+        monkeypatch.delattr(module, "sum_chunks")
     layer().forward_packed(torch.randn(sum(LENGTHS), 16).double(), CU_SEQLENS, 9, None)
 
 
@@ -174,10 +176,11 @@ def test_both_steps_equal_explicit_ones_on_a_gpu(triton, num_slots, hidden, dtyp
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("length", [200, 300])  # few keys, and more than the kernels for few of them hold
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_padded_attention_equals_explicit_attention_on_a_gpu(dtype, full):
+def test_padded_attention_equals_explicit_attention_on_a_gpu(dtype, length, full):
     rows, slots, cu_seqlens = drawn(dtype, 16)
-    padded, mask = pad_packed(rows.transpose(0, 1), cu_seqlens, max(GPU_LENGTHS))
+    padded, mask = (x[:, :length] for x in pad_packed(rows.transpose(0, 1), cu_seqlens, max(GPU_LENGTHS)))
     inputs, mask = [slots[0], *padded.unbind(2)], None if full else mask
     results = []
     for kind in (torch.float64, dtype):

@@ -8,7 +8,7 @@ from flash_stand_in import explicit
 from interpreter import interpreted
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from models import Place, build, nystrom
+from models import Place, build, few_queries, nystrom
 from models.landmarks import SAFE_ITERATIONS
 from models.nystrom import nystrom_attention, nystrom_rows
 from models.packed import pad_packed
@@ -36,11 +36,8 @@ def on_a_gpu(monkeypatch):
 
     def switch(few=False):
         monkeypatch.setattr(nystrom, "flash_runs", lambda q, k, v: True)
-        monkeypatch.setattr(nystrom, "few_queries_fit", lambda q, k, v: few)
-        if few:
-            monkeypatch.delattr(nystrom, "flash")
-        else:
-            monkeypatch.setattr(nystrom, "flash", explicit)
+        monkeypatch.setattr(few_queries, "flash_runs", lambda q, k, v: not few)
+        monkeypatch.setattr(few_queries, "flash", explicit)
 
     return switch
 
@@ -109,14 +106,12 @@ def test_short_sequences_and_long_iterations_keep_their_explicit_scores(max_len,
 def test_what_is_read_through_landmarks_stays_far_inside_float16(sharpness, num_iterations, monkeypatch):
     """The iteration multiplies a singular value by 3.25 at most, and never takes it far past its inverse."""
     largest, attend = [], nystrom.few_keys_attention
-    monkeypatch.setattr(nystrom, "flash", explicit)
-    monkeypatch.setattr(
-        nystrom,
-        "few_keys_attention",
-        lambda q, k, v, *rest, **options: [largest.append(v.abs().amax()), attend(q, k, v, *rest, **options)][
-            1
-        ],
-    )
+
+    def watched(q, k, v, *rest, **options):
+        largest.append(v.abs().amax())
+        return attend(q, k, v, *rest, **options)
+
+    monkeypatch.setattr(nystrom, "few_keys_attention", watched)
     q, k = torch.randn(2, 512, 2, 8).mul(sharpness).cumsum(1).unbind()  # neighbours are alike
     v = torch.ones(512, 2, 8).masked_fill(torch.rand(512, 2, 8) < 0.5, -1)
     bounds = torch.tensor([0, 512], dtype=torch.int32)
@@ -196,6 +191,16 @@ def test_on_a_gpu_it_equals_explicit_scores_in_float64(dtype, num_landmarks, com
     for one, other in zip(found, expected, strict=True):
         assert (one.double() - other).norm() < limit * other.norm()
     assert not found[1][sum(GPU_LENGTHS) :].any()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_in_bfloat16_more_iterations_than_float16_holds_go_by_rows_too():
+    made, taps, bounds = drawn(torch.bfloat16)
+    own = {"num_landmarks": 64, "num_iterations": SAFE_ITERATIONS + 4}
+    found = with_gradients(by_rows, made, taps, bounds, **own)
+    expected = with_gradients(by_explicit_scores, made.double(), taps.double(), bounds, **own)
+    for one, other in zip(found, expected, strict=True):
+        assert (one.double() - other).norm() < 8e-2 * other.norm()
 
 
 @pytest.mark.gpu

@@ -130,6 +130,29 @@ class DividesPackedRowsByTheirNumber(DividesByThePaddedLength):
         return unpad_packed(padded, cu_seqlens, x.shape[0]), carry
 
 
+class DropsTokens(AddsMeans):
+    def __init__(self, place: Place, *, dropout: float = 0.0) -> None:
+        super().__init__(place)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x, mask, carry):
+        return super().forward(self.dropout(x), mask, carry)
+
+
+class DropsNoPackedTokens(DropsTokens):
+    def forward_packed(self, x, cu_seqlens, max_len, carry):
+        padded, mask = pad_packed(x, cu_seqlens, max_len)
+        padded, carry = AddsMeans.forward(self, padded, mask, carry)
+        return unpad_packed(padded, cu_seqlens, x.shape[0]), carry
+
+
+@pytest.mark.parametrize(("cls", "status"), [(DropsTokens, "pass"), (DropsNoPackedTokens, "fail")])
+def test_dropout_is_looked_for_in_the_packed_path_too(cls, status):
+    found = CHECKS["dropout_acts"](Subject("drops", cls))
+    assert found.status == status, found
+    assert status == "pass" or found.detail == "dropout=0.5 changes nothing in training over packed rows"
+
+
 def test_a_packed_path_of_the_padded_length_passes_where_that_length_is_claimed_to_matter():
     found = CHECKS["packed_agrees"](Subject("means", DividesByThePaddedLength))
     assert found.status == "pass", found

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models import performer
 from models.performer import favor_attention, favor_attention_packed, orthogonal_features
-from models.random_features import fits_kernels
+from models.random_features import LEAST_EPS, fits_kernels
 
 
 def test_products_of_kernels_are_counted_once_each():
@@ -26,11 +26,45 @@ def test_products_of_kernels_are_counted_once_each():
 def test_kernels_are_not_for_what_they_do_not_hold(monkeypatch):
     monkeypatch.setattr("models.random_features.runs_kernels", lambda *tensors: True)
     half, features = torch.zeros(7, 2, 64).half(), torch.zeros(512, 64)
-    assert fits_kernels(half, half, half, features)
-    assert not fits_kernels(half, half.float(), half, features)
-    assert not fits_kernels(half, half, torch.zeros(7, 2, 65).half(), features)
-    assert not fits_kernels(half, half, half, torch.zeros(513, 64))
-    assert not fits_kernels(half, half, half, features.half())
+    assert fits_kernels(half, half, half, features, 1e-8)
+    assert not fits_kernels(half, half.float(), half, features, 1e-4)
+    assert not fits_kernels(half, half, torch.zeros(7, 2, 65).half(), features, 1e-4)
+    assert not fits_kernels(half, half, half, torch.zeros(513, 64), 1e-4)
+    assert not fits_kernels(half, half, half, features.half(), 1e-4)
+    for dtype, fit in ((torch.float16, False), (torch.bfloat16, False), (torch.float32, True)):
+        x = half.to(dtype)
+        assert fits_kernels(x, x, x, features, 9e-9) == fit
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("held", [False, True])
+def test_kernels_get_the_eps_that_decides_whether_they_can_hold_it(packed, held, monkeypatch):
+    eps = LEAST_EPS * (1 if held else 0.9)
+    taken = []
+    stand_in = lambda q, k, v, *rest, **rule: taken.append(rule) or v  # noqa: E731
+    monkeypatch.setattr("models.random_features.runs_kernels", lambda *tensors: True)
+    monkeypatch.setattr(performer, "feature_attention", stand_in)
+    q, features = torch.randn(9, 2, 8).half(), torch.randn(12, 8)
+    if packed:
+        bounds = torch.tensor([0, 9], dtype=torch.int32)
+        favor_attention_packed(q, q, q, bounds, 9, features=features, eps=eps)
+    else:
+        favor_attention(*[q.transpose(0, 1)[None]] * 3, features=features, eps=eps)
+    assert [rule["eps"] for rule in taken] == [eps] * held
+
+
+@pytest.mark.parametrize("kernel", ["softmax", "relu"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_kernels_are_for_features_of_softmax_alone(packed, kernel, monkeypatch):
+    taken = []
+    monkeypatch.setattr(performer, "fits_kernels", lambda *given: True)
+    monkeypatch.setattr(performer, "feature_attention", lambda q, k, v, *rest, **rule: taken.append(1) or v)
+    q, options = torch.randn(9, 2, 8), {"features": torch.randn(12, 8), "kernel": kernel}
+    if packed:
+        favor_attention_packed(q, q, q, torch.tensor([0, 9], dtype=torch.int32), 9, **options)
+    else:
+        favor_attention(*[q.transpose(0, 1)[None]] * 3, **options)
+    assert len(taken) == (kernel == "softmax")
 
 
 @pytest.mark.parametrize("coupled", [False, True])
@@ -88,7 +122,7 @@ def test_kernels_equal_float64_in_outputs_and_gradients(packed, d, e, r, dtype, 
         leaves = [x.unflatten(0, (4, 250)).transpose(1, 2) for x in leaves]
         mask = torch.rand(4, 250, device="cuda") < 0.6
         attend = lambda *x, w: favor_attention(*x, mask, features=w)  # noqa: E731
-    assert fits_kernels(*leaves, features)
+    assert fits_kernels(*leaves, features, 1e-4)
     found = []
     for to in (dtype, dtype, torch.float64):
         given = [x.detach().to(to).requires_grad_() for x in leaves]
