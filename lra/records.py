@@ -125,9 +125,7 @@ def _base_type(annotation: Any) -> Any:
     return args[0] if args else annotation
 
 
-FIELDS: dict[str, Any] = {
-    field.name: _base_type(field.type) for field in fields(Record)
-}  # name -> int, str, Any
+FIELDS: dict[str, Any] = {f.name: _base_type(f.type) for f in fields(Record)}  # name -> int, str, Any
 
 
 def _fits(value: Any, expected: Any) -> bool:

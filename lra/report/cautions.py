@@ -7,7 +7,9 @@ from collections.abc import Iterable
 import numpy as np
 
 from lra.report.cells import si
-from lra.report.groups import FLOORS, Group, Row, data_parts, distinct, extra_of, own_of, recipe_title
+from lra.report.groups import FLOORS, Group, Row, data_parts, distinct, own_of, recipe_title
+from lra.report.measurements import SETTING
+from lra.report.measurements import mode_of as mode_of_run
 from lra.report.verdicts import CHANGED
 
 HEAVIER = 1.1  # a row with more parameters than this times its baseline's gets a warning
@@ -17,6 +19,7 @@ WHAT_DIFFERS = {
     "precision": ("precision",),
     "data": ("data_variant", "data_origin", "data_hash"),
     "size": ("d_model", "num_layers"),
+    "setting": SETTING,
 }
 
 
@@ -42,8 +45,8 @@ def elsewhere(groups: list[Group], about: Iterable[str] = tuple(WHAT_DIFFERS)) -
 
 
 def _named(what: str, values: list[list]) -> str:
-    """` (skyformer2021, fp32)`; data and sizes are told apart by too much to name."""
-    if what in ("data", "size"):
+    """` (skyformer2021, fp32)`; what tells data, sizes and settings apart stands in their titles."""
+    if what in ("data", "size", "setting"):
         return ""
     if what == "recipe":
         names = [recipe_title({"paper": paper, "recipe_version": version}) for paper, version in values]
@@ -147,7 +150,7 @@ def _shorter(parts: list[str], most: int = 6, between: str = ", ") -> str:
 
 def mode_of(row: Row) -> str:
     """What a measurement measured: `train` or `infer`."""
-    return str(extra_of(row.runs[0], "mode") or "train")
+    return mode_of_run(row.runs[0])
 
 
 def data_named(headings: list[str], bundle: list[Group]) -> str:

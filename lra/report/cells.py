@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from lra.report import published, stats
 
 
@@ -56,9 +58,15 @@ def published_text(cell: published.Cell | None) -> str:
 
 
 def number(value: float | None) -> str:
-    """Three digits or more: `4,210`, `51.3`, `4.00`, `0.482`."""
+    """Three digits or more: `4,210`, `51.3`, `4.00`, `0.482`; below a thousandth two: `0.00024`."""
     if value is None:
         return "-"
+    if 0 < abs(value) < 0.0009995:
+        return (
+            f"{value:.1e}"
+            if abs(value) < 0.0000095
+            else np.format_float_positional(value, 2, fractional=False)
+        )
     digits = 0 if abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2 if abs(value) >= 0.9995 else 3
     return f"{value:,.{digits}f}"
 

@@ -12,7 +12,8 @@ from lra.errors import UserError, unknown
 from lra.report import render
 from lra.report.tables import BY, build
 
-BY_SUFFIX = {".md": "md", ".csv": "csv", ".tex": "latex", ".html": "html", ".htm": "html"}
+BY_SUFFIX = {"": "text", ".txt": "text", ".md": "md", ".csv": "csv", ".tex": "latex"}
+BY_SUFFIX |= {".html": "html", ".htm": "html"}
 
 
 def table_main(argv: list[str]) -> int:
@@ -32,7 +33,7 @@ def table_main(argv: list[str]) -> int:
     )
     parser.add_argument("-o", "--output", type=Path, help="file to write (default: print)")
     options = parser.parse_args(argv)
-    form = options.format or BY_SUFFIX.get(options.output.suffix.lower() if options.output else "", "text")
+    form = options.format or _format_of(options.output)
     if form not in render.FORMATS:
         raise unknown("table format", form, render.FORMATS)
     tables = build(records.load(options.runs or None), options.by, pairs=options.pairs)
@@ -42,6 +43,16 @@ def table_main(argv: list[str]) -> int:
     else:
         sys.stdout.write(render.render(tables, form, width=render.terminal_width()))
     return 0
+
+
+def _format_of(output: Path | None) -> str:
+    suffix = output.suffix.lower() if output else ""
+    if suffix in BY_SUFFIX:
+        return BY_SUFFIX[suffix]
+    raise UserError(
+        f"'{output}': no table format has the suffix '{suffix}'; name a file that ends in "
+        f"{', '.join(filter(None, BY_SUFFIX))}, or give --format {', '.join(render.FORMATS)}"
+    )
 
 
 def plot_main(argv: list[str]) -> int:

@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+import re
 import shutil
 import sys
 
@@ -18,6 +19,7 @@ from lra.report.cells import Column, Table
 
 FORMATS = ("text", "md", "csv", "latex", "html")
 GAP = 2  # columns between columns
+P_VALUE = re.compile(r"(^|_)p(_|$)")  # the keys of p-values in a table's data
 NARROW = 16  # narrowest useful width of a column whose words may wrap
 
 
@@ -170,11 +172,14 @@ def _csv(tables: list[Table]) -> str:
     writer = csv.DictWriter(out, list(names), lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({key: _plain(value) for key, value in row.items()})
+        writer.writerow({key: _plain(key, value) for key, value in row.items()})
     return out.getvalue()
 
 
-def _plain(value: object) -> object:
+def _plain(key: str, value: object) -> object:
+    """Six digits: of a p-value the first ones, of other numbers those behind the point."""
     if not isinstance(value, float):
         return value
-    return int(value) if value.is_integer() else round(value, 6)
+    if value.is_integer():
+        return int(value)
+    return float(f"{value:.6g}") if P_VALUE.search(key) else round(value, 6)

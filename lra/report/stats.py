@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 LEVEL = 0.95
-FEW = 4  # degrees of freedom below which Satterthwaite's rule rejects equals too often (two rows, two seeds)
+FEW = 4  # degrees of freedom of a seed variance below which Satterthwaite's rule rejects equals too often
 MOST_DEALS = 200_000  # 10 + 10 seeds can be dealt in 184,756 ways
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 BOTH, TEST_ONLY, SEEDS_ONLY = "seeds and test set", "test set only", "seeds only"
@@ -95,43 +95,54 @@ def differences(rows: Sequence[np.ndarray], *, level: float = LEVEL) -> list[Dif
 
     Each row is bool [n N]: seeds by the same N test examples, n >= 2. Null: equal accuracy over seeds and
     examples. The variance of a difference of means is the seed variance of both rows plus the variance over
-    examples of the paired difference. Two or three seeds can agree by luck, so a row's seed variance is its
-    own or the one pooled over all rows, whichever is larger, and Satterthwaite's degrees of freedom follow
-    that choice, for the seeds at most those of all rows; where all rows together have fewer than `FEW`,
-    Cochran's quantile as in `summarise`. One imaginary example in each direction (Agresti and Min 2005)
-    keeps a handful of discordant examples from deciding.
+    examples of the paired difference. Two or three seeds can agree by luck, hence Student's test with the
+    seed variance pooled over all rows. One unstable row among calm ones is more than the pool says: if a row
+    of the pair scatters more than the pool, the pair must pass Welch's test too, with the variances of its
+    two rows alone and Satterthwaite's degrees of freedom rounded down; the larger p-value and the wider
+    interval count. One imaginary example in each direction (Agresti and Min 2005) keeps a handful of
+    discordant examples from deciding.
     """
     assert all(len(row) >= 2 for row in rows), "one seed says nothing about the spread over seeds"
     assert len({row.shape[1] for row in rows}) <= 1, "rows of different test sets cannot be paired"
-    from scipy.special import stdtr, stdtrit
-
     spreads = [float(row.mean(axis=1).var(ddof=1)) for row in rows]
-    own_freedom = [len(row) - 1 for row in rows]
-    pooled_freedom = sum(own_freedom)
-    pooled = sum(f * s for f, s in zip(own_freedom, spreads, strict=True)) / max(pooled_freedom, 1)
-    of_seeds = [max(s, pooled) / len(row) for s, row in zip(spreads, rows, strict=True)]
-    freedoms = [f if s > pooled else pooled_freedom for f, s in zip(own_freedom, spreads, strict=True)]
+    freedoms = [len(row) - 1 for row in rows]
+    pooled = sum(f * s for f, s in zip(freedoms, spreads, strict=True)) / max(sum(freedoms), 1)
     per_example = [row.mean(axis=0) for row in rows]  # share of seeds that got it right, [N]
 
     found = []
     for a, b in itertools.combinations(range(len(rows)), 2):
         difference = per_example[a] - per_example[b]
         gap = float(difference.mean())
-        seeds = of_seeds[a] + of_seeds[b]
         examples = (float(((difference - gap) ** 2).sum()) + 2) / difference.size**2
-        parts = of_seeds[a] ** 2 / freedoms[a] + of_seeds[b] ** 2 / freedoms[b]
-        if seeds:  # two rows with the pooled variance have its degrees of freedom once, not twice
-            parts = max(parts, seeds**2 / pooled_freedom)
-        error = math.sqrt(seeds + examples)
-        if pooled_freedom < FEW and seeds:
-            kind = (seeds / error**2, seeds**2 / parts)
-            half, p_value = _cochran((1 - level) / 2, *kind) * error, _cochran_p(abs(gap) / error, *kind)
-        else:
-            freedom = error**4 / (parts + examples**2 / difference.size)
-            half = float(stdtrit(freedom, 0.5 + level / 2)) * error
-            p_value = 2 * float(stdtr(freedom, -abs(gap) / error))
+        of_seeds = [(pooled / len(rows[a]) + pooled / len(rows[b]), sum(freedoms))]
+        if max(spreads[a], spreads[b]) > pooled:
+            own = [spreads[row] / len(rows[row]) for row in (a, b)]
+            freedom = sum(own) ** 2 / (own[0] ** 2 / freedoms[a] + own[1] ** 2 / freedoms[b])
+            of_seeds.append((sum(own), math.floor(freedom + 1e-9)))
+        tested = [
+            _half_and_p(gap, seeds, freedom, examples, difference.size, level) for seeds, freedom in of_seeds
+        ]
+        half, p_value = (max(values) for values in zip(*tested, strict=True))
         found.append(Difference(gap, max(-1.0, gap - half), min(1.0, gap + half), p_value))
     return found
+
+
+def _half_and_p(
+    gap: float, seeds: float, freedom: float, examples: float, num_test: int, level: float
+) -> tuple[float, float]:
+    """Half the width of the interval of `gap`, and its p-value.
+
+    `seeds`: its variance over seeds, known to `freedom` degrees; `examples`: that over `num_test` examples.
+    Satterthwaite's rule joins the two; below `FEW` degrees it is Cochran's quantile, as in `summarise`.
+    """
+    from scipy.special import stdtr, stdtrit
+
+    error = math.sqrt(seeds + examples)
+    if seeds and freedom < FEW:
+        kind = (seeds / error**2, freedom)
+        return _cochran((1 - level) / 2, *kind) * error, _cochran_p(abs(gap) / error, *kind)
+    joined = error**4 / (seeds**2 / freedom + examples**2 / num_test)
+    return float(stdtrit(joined, 0.5 + level / 2)) * error, 2 * float(stdtr(joined, -abs(gap) / error))
 
 
 def _cochran(tail: float, share: float, freedom: float) -> float:

@@ -27,7 +27,7 @@ def verdict(
         return ""
     ours = 100 * summary.mean
     inside = 100 * summary.low <= cell.value <= 100 * summary.high
-    if inside or abs(ours - cell.value) <= tolerance:
+    if inside or round(abs(ours - cell.value), 9) <= tolerance:
         return AGREES[origin] if summary.num_seeds >= LEAST_SEEDS else ""
     return "higher" if ours > cell.value else "lower"
 

@@ -58,6 +58,7 @@ def test_output_suffix_decides_the_format(few, tmp_path, capsys, name, start):
             ["--format", "htlm"],
             "unknown table format 'htlm'; did you mean 'html'.*csv, html, latex, md, text",
         ),
+        (["-o", "t.pdf"], r"'t.pdf': no table format has the suffix '.pdf'.*\.md.*--format text, md, csv"),
         (["--by", "mechanism"], "unknown way to arrange tables 'mechanism'.*length, task"),
         (["--frobnicate"], "unrecognized arguments: --frobnicate"),
         (["-o", "no/such/folder/t.md"], "cannot write.*existing folder"),
@@ -91,6 +92,11 @@ def test_a_file_that_may_not_be_read_is_a_user_error(few, monkeypatch):
     monkeypatch.setattr(Path, "read_text", refuse)
     with pytest.raises(UserError, match="cannot read '.*some.jsonl'.*Permission denied"):
         table_main([str(file)])
+
+
+def test_a_format_by_name_goes_into_any_file(few, tmp_path):
+    assert table_main([str(few), "--format", "csv", "-o", str(tmp_path / "t.dat")]) == 0
+    assert (tmp_path / "t.dat").read_text().startswith("kind,task")
 
 
 def test_pairs_are_printed_on_request(few, capsys, monkeypatch):

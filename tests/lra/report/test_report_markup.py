@@ -81,9 +81,11 @@ def test_a_table_wider_than_a_page_goes_on_below_with_the_names_of_its_rows(smal
 
 def test_a_table_longer_than_a_page_goes_on_in_another_float():
     columns = [Column("mechanism", "mechanism", left=True), Column("a", "a")]
-    rows = [{"mechanism": f"m{i}", "a": str(i)} for i in range(2 * markup.LINES + 3)]
+    rows = [{"mechanism": f"m{i}", "a": str(i)} for i in range(83)]
     text = markup.latex([Table(("T",), columns, rows, ["below"])])
     check_latex(text)
+    grids = re.findall(r"\\midrule\n(.*?)\\bottomrule", text, re.DOTALL)
+    assert [len(grid.splitlines()) for grid in grids] == [40, 40, 3], "more do not fit on a page"
     assert text.count(r"\caption{T.}") == 1 and text.count(r"\caption{T (continued).}") == 2
     assert [text.count(f"\nm{i} & {i} ") for i in range(len(rows))] == [1] * len(rows)
     assert text.count("below.") == 1

@@ -222,12 +222,20 @@ def cell(value=37.1, **flags):
         ([0.25, 0.251, 0.252], "regenerated", False, "lower"),
         ([0.45, 0.451, 0.452], "original", False, "higher"),
         ([0.379, 0.379, 0.379], "original", False, "reproduced"),  # outside the interval, within a point
+        ([0.381, 0.381, 0.381], "original", False, "reproduced"),  # just a point: the edge belongs to it
         ([0.30, 0.37, 0.50], "original", False, "reproduced"),  # 1.9 points off, inside a wide interval
     ],
 )
 def test_verdicts_respect_origin_seeds_and_settings(scores, origin, changed, expected):
     summary = summarise(scores, 100_000)
     assert verdicts.verdict(summary, cell(), origin=origin, changed=changed) == expected
+
+
+def test_the_edge_of_the_tolerance_is_the_same_wherever_it_lies():
+    for tenths in range(300, 900):
+        summary = summarise([(tenths + 10) / 1000] * 3, 10**9)
+        got = verdicts.verdict(summary, cell(tenths / 10), origin="original", changed=False)
+        assert got == "reproduced", tenths
 
 
 def test_where_nothing_was_printed_or_learned_there_is_no_verdict():

@@ -59,8 +59,28 @@ def test_a_clear_difference_is_found_among_many_rows():
     for _ in range(20):
         rows, _ = simulation.rows(generator, [0.35] * 5 + [0.18] * 5, 0.007)
         letters = stats.tie_letters(rows)
-        found += all(not set(a) & set(b) for a in letters[:5] for b in letters[5:])
-    assert found >= 19
+        found += sum(not set(a) & set(b) for a in letters[:5] for b in letters[5:])
+    assert found >= 0.9 * 20 * 25
+
+
+def test_the_row_that_scatters_more_than_the_pool_is_tested_on_its_own_degrees_of_freedom():
+    """One of four seeds is right on every example: 3 degrees, so Cochran's quantile; five seeds: 4, Welch."""
+    num_test = 1000
+    for num_seeds, few in ((4, True), (5, False)):
+        unstable = np.zeros((num_seeds, num_test), dtype=bool)
+        unstable[0] = True
+        calm = np.tile(np.arange(num_test) % num_seeds == 0, (num_seeds, 1))
+        (got,) = stats.differences([unstable, calm])
+        of_seeds = unstable.mean(axis=1).var(ddof=1) / num_seeds
+        of_test = ((unstable.mean(axis=0) - calm.mean(axis=0)).var() * num_test + 2) / num_test**2
+        variance, freedom = of_seeds + of_test, num_seeds - 1
+        student = scipy_stats.t.ppf(0.975, freedom)
+        if few:
+            quantile = (of_seeds * student + of_test * scipy_stats.norm.ppf(0.975)) / variance
+        else:
+            quantile = scipy_stats.t.ppf(0.975, variance**2 / (of_seeds**2 / freedom + of_test**2 / num_test))
+        assert got.gap == pytest.approx(0, abs=1e-12) and got.p_value == pytest.approx(1)
+        assert got.high == pytest.approx(quantile * np.sqrt(variance), rel=1e-9)
 
 
 def test_few_discordant_examples_decide_as_in_an_exact_test():
