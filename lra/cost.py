@@ -37,8 +37,9 @@ class Trial:
 
     def flops(self, batches: Batches, plans: list[Plan]) -> int | None:
         """Floating-point operations of one step as PyTorch counts them: products and attention, not
-        elementwise. Layers that activation checkpointing runs twice count twice. None if kernels ran that it
-        cannot see into.
+        elementwise. Layers that activation checkpointing runs twice count twice, and so do scores that the
+        gradients of fused attention, torch's or ours, compute again; what our other kernels compute again
+        does not. None if kernels ran that it cannot see into.
         """
         return self._count(lambda: self.step.train(batches, plans, lr=0.0))
 
@@ -82,15 +83,24 @@ def optimizer_bytes(step: Step) -> int:
     return sum(x.nbytes for x in tensors if x is not None)
 
 
-def moved_bytes_at_least(weights: float, optimizer: float, activations: float) -> float:
-    """A lower bound of what one step reads and writes, from the parts of its peak memory, in their unit.
+def moved_bytes_at_least(step: Step, mode: str, activations: float) -> float:
+    """A lower bound of the bytes that one call reads and writes; `activations` are bytes of its peak.
 
-    The update reads and writes every weight, gradient and moment (inference, with `optimizer` 0, only reads
-    the weights); what is live at the peak was written once and is read once. What was freed before the peak
-    and what is read again come on top, so that the true traffic is larger, often several times. No counter
-    gives it. Memory that a library reserves and leaves alone is the one part that may not move.
+    The update of a training step reads and writes each trained weight, its gradient and its moments, and
+    reads the factors of its rate; a forward pass reads the weights. Buffers and weights that are not trained
+    are left out: a call may use none of them. What is live at the peak was written once and is read
+    once. What was freed before the peak and what is read again come on top, so that the true traffic is
+    larger, often several times. No counter gives it. Memory that a library reserves and leaves alone is the
+    one part that may not move.
     """
-    return (2 if optimizer else 1) * weights + 2 * optimizer + 2 * activations
+    optimizer = step.optimizer
+    if mode != "train":
+        return sum(p.nbytes for p in optimizer.parameters) + 2 * activations
+    state = optimizer.state()
+    changed = optimizer.weights.nbytes + optimizer.gradients.nbytes
+    changed += sum(state[name].nbytes for name in ("mean", "square"))
+    read = 0 if optimizer.lr_scale is None else optimizer.lr_scale.nbytes
+    return 2 * changed + read + 2 * activations
 
 
 def peak_bytes(function) -> int:

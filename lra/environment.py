@@ -56,7 +56,8 @@ def device_name(device: torch.device) -> str:
             x.split(":", 1)[1].strip() for x in cpuinfo.read_text().splitlines() if x.startswith("model name")
         ]
         model = lines[0] if lines else model
-    return f"CPU: {model}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"CPU: {model}, {threads} thread" + "s" * (threads != 1)
 
 
 def seed_everything(seed: int) -> None:

@@ -60,12 +60,12 @@ def measure(
     shard: `i/n`, the i-th of n processes that share the list (and LRA_RUNS); time_limit: seconds after which
     no further cell is begun. Cells that are left have no record.
     """
-    started = time.monotonic()
-    if time_limit is not None and time_limit <= 0:
+    if time_limit is not None and not time_limit > 0:
         raise UserError(f"--time-limit {time_limit:g} leaves no time; give seconds above 0")
     planned = dealt(cells(overrides), shard)
     watcher = watcher or Watcher()
     watcher.plan(planned)
+    started = time.monotonic()  # the plan takes none of the time: even a small limit begins a cell
     lengths: dict[str, dict[int, str]] = defaultdict(dict)  # of one mechanism and mode: length -> status
     found = []
     for cell in planned:
@@ -114,8 +114,12 @@ def dealt(planned: list[Cell], shard: str | None) -> list[Cell]:
     place = {name: index for index, name in enumerate(dict.fromkeys(names))}
     taken = [c for c, name in zip(planned, names, strict=True) if place[name] % int(count) == int(first) - 1]
     if not taken:
-        raise UserError(f"--shard {shard} has nothing to do: there are {len(place)} mechanisms; use fewer")
+        raise UserError(f"--shard {shard} has nothing to do: there {_mechanisms(len(place))}; use fewer")
     return taken
+
+
+def _mechanisms(count: int) -> str:
+    return f"are {count} mechanisms" if count != 1 else "is 1 mechanism"
 
 
 def presets() -> list[str]:

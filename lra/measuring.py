@@ -182,9 +182,9 @@ def _measure(cell: Cell) -> dict[str, Any]:
     found["peak_mem_mib"], extra["peak_mem_method"], memory = _memory(bench, cell.mode, device)
     extra["memory_mib"] = memory
     extra |= dataclasses.asdict(best)
-    moved = cost.moved_bytes_at_least(memory["weights"], memory["optimizer"], memory["activations"])
-    extra["moved_bytes_at_least"] = moved * cost.MIB
-    extra["copy_share_at_least"] = moved * cost.MIB / median / best.copy_bytes_per_s
+    moved = cost.moved_bytes_at_least(step, cell.mode, memory["activations"] * cost.MIB)
+    extra["moved_bytes_at_least"] = moved
+    extra["copy_share_at_least"] = moved / median / best.copy_bytes_per_s
     extra["matrix_share"] = None if flops is None else flops / median / best.matrix_flops_per_s
     return found | {"extra": extra}
 
@@ -321,8 +321,14 @@ def _describe(cell: Cell) -> Record:
         command=environment.command(),
         config_hash=digest,
         extra=extra,
-        **conditions(config),
+        **conditions(config) | {"precision": _precision(config)},
     )
+
+
+def _precision(config: RunConfig) -> str:
+    """As it is computed: a CPU has no TF32 and multiplies float32 in full."""
+    precision, device = config.train.precision, environment.pick_device(config.train.device)
+    return "fp32" if precision == "tf32" and device.type == "cpu" else precision
 
 
 def _digest(what: Any) -> str:

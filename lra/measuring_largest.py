@@ -20,7 +20,7 @@ def largest_that_fits(
     while time.monotonic() < ends:
         trial = on_grid(math.sqrt(low * high) if low else high / 2)
         if trial <= low:
-            trial = on_grid(low) + _step(low)
+            trial = next_length(low)
         if trial >= high or trial < SHORTEST:
             break
         if fits(trial):
@@ -34,6 +34,11 @@ def on_grid(length: float) -> int:
     """The largest length of the grid that is no longer."""
     step = _step(length)
     return int(length // step) * step
+
+
+def next_length(length: int) -> int:
+    """The length of the grid after this one: the shortest that was tried if the search came to its end."""
+    return on_grid(length) + _step(length)
 
 
 def _step(length: float) -> int:

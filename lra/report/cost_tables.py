@@ -1,10 +1,13 @@
 """What measurements say beyond single cells: growth, crossovers, parts of memory, the LRA paper's ratios."""
 
+import math
+from collections import Counter, defaultdict
 from typing import TYPE_CHECKING
 
+from lra.measuring_largest import next_length
 from lra.report import efficiency
 from lra.report.cells import Column, Table, number
-from lra.report.groups import FLOORS, data_title, device_title, extra_of, recipe_title
+from lra.report.groups import FLOORS, Group, Row, extra_of
 from lra.report.growth import (
     ALWAYS,
     CROSSES,
@@ -17,7 +20,8 @@ from lra.report.growth import (
     growth,
     modes_of,
 )
-from lra.report.series import FACTS, Series, Setting, measured, settings
+from lra.report.measurements import measure_title, setting_marks, setting_notes
+from lra.report.series import FACTS, Series, Setting, settings
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,14 +34,33 @@ def cost_tables(frame: "pd.DataFrame") -> list[Table]:
     """Every such table of a frame of records, in print order."""
     tables: list[Table] = []
     found, grown = settings(frame), growth(frame)
+    runs = {setting: [run for one in members for run in runs_in(one)] for setting, members in found.items()}
+    marks = _marks(runs)
+    silent = {
+        id(run) for some in runs.values() for run in some if run["status"] == "ok" and not _has_parts(run)
+    }
     references = [crossovers(frame), crossovers(frame, kernel="math")]
     for setting, members in found.items():
-        tables += _parts_table(setting, members)
-        tables += _growth_table(setting, [one for one in grown if one.setting == setting])
+        own = _parts_table(setting, members, len(silent))
+        own += _growth_table(setting, [one for one in grown if one.setting == setting])
         for compared in references:
-            tables += _crossover_table(setting, [one for one in compared if one.setting == setting])
-        tables += _efficiency_table(setting, members)
+            own += _crossover_table(setting, [one for one in compared if one.setting == setting])
+        beside = efficiency.tables(_facts(setting), members)
+        own += beside
+        if own and not beside:
+            own[-1].footnotes += efficiency.why_not(runs[setting])
+        rows = [Row(one.mechanism, one.label, one.cells[n]) for one in members for n in one.lengths()]
+        for table in own:
+            table.footnotes += setting_notes(rows)
+            (what,) = table.title
+            table.title = _title(setting, what, runs[setting], marks[setting])
+        tables += own
     return tables
+
+
+def runs_in(series: Series) -> list[dict]:
+    """All runs of a series, the shortest length first."""
+    return [run for length in series.lengths() for run in series.cells[length]]
 
 
 def plain(run: dict) -> dict[str, float | None]:
@@ -47,19 +70,28 @@ def plain(run: dict) -> dict[str, float | None]:
     return {f"{part}_mib": parts.get(part) for part in PARTS} | {key: extra_of(run, key) for key in keys}
 
 
-def _title(setting: Setting, what: str) -> tuple[str, ...]:
-    facts = dict(zip(FACTS, setting.facts, strict=False))
-    size = [f"d_model {facts['d_model']}"] if facts["d_model"] else []
-    size += [f"{facts['num_layers']} layers"] if facts["num_layers"] else []
-    conditions = [device_title(facts), facts["precision"], setting.batch_text]
-    title = (what, data_title(facts | {"data_variant": None}), recipe_title(facts), ", ".join(size))
-    return tuple(part for part in (*title, ", ".join(str(c) for c in conditions if c)) if part)
+def _title(setting: Setting, what: str, runs: list[dict], marks: list[str]) -> tuple[str, ...]:
+    facts = dict(zip(FACTS, setting.facts, strict=True)) | {"layout": None}
+    *parts, conditions = measure_title(Group(facts, [Row("", "", runs)]), what)
+    return (*parts, f"{conditions}, {setting.batch_text}", *marks)
+
+
+def _marks(runs: dict[Setting, list[dict]]) -> dict[Setting, list[str]]:
+    """What tells settings apart whose titles would read the same."""
+    alike: dict[tuple, list[Setting]] = defaultdict(list)
+    for setting, some in runs.items():
+        alike[_title(setting, "", some, [])].append(setting)
+    found = {setting: [] for setting in runs}
+    for several in (members for members in alike.values() if len(members) > 1):
+        facts = [(dict(zip(FACTS, setting.facts, strict=True)), runs[setting]) for setting in several]
+        found |= zip(several, setting_marks(facts), strict=True)
+    return found
 
 
 def _facts(setting: Setting) -> dict:
     """What the lines of a table have in common, for programs."""
     kind, size = setting.rule
-    facts = dict(zip(FACTS, setting.facts, strict=False))
+    facts = dict(zip(FACTS, setting.facts, strict=True))
     return facts | {
         "tokens": size if kind == "tokens" else None,
         "batch_size": size if kind == "batch" else None,
@@ -88,11 +120,10 @@ def _growth_table(setting: Setting, found: list[Growth]) -> list[Table]:
         rows.append({"mechanism": label} | texts)
     spans = sorted({(one.first, one.last) for one in found})
     span = ", ".join(f"{first:,} to {last:,}" for first, last in spans[:3])
-    whole = " of activations and workspaces" if any(one.what == MEMORY[1] for one in found) else ""
     notes = [
         f"exponent p of cost ~ length^p for one sequence, ± its standard error: 1 is linear, 2 quadratic; "
         f"from the longest {UPPER} lengths ({span}{', ...' if len(spans) > 3 else ''})",
-        f"memory: peak{whole}",
+        "memory: peak of activations and workspaces",
     ]
     data = [
         {
@@ -106,7 +137,7 @@ def _growth_table(setting: Setting, found: list[Growth]) -> list[Table]:
         | {"first_length": one.first, "last_length": one.last}
         for one in found
     ]
-    return [Table(_title(setting, "Growth with length"), columns, rows, notes, data, matrix=True)]
+    return [Table(("Growth with length",), columns, rows, notes, data, matrix=True)]
 
 
 def _exponent(found: Growth | None) -> str:
@@ -125,21 +156,22 @@ def _crossover_table(setting: Setting, found: list[Crossover]) -> list[Table]:
     heads = [(mode, what) for mode in modes_of(found) for what in WHATS]
     columns = [Column("mechanism", "mechanism", left=True, wrap=True)]
     for mode, what in heads:
-        columns.append(
-            Column(f"{mode} {what}", f"{mode} {'time' if what == WHATS[0] else 'memory'}", left=True)
-        )
+        columns.append(Column(f"{mode} {what}", f"{mode} {_cost(what)}", left=True))
     rows = []
+    usual = {head: _usual([one for one in found if (one.mode, one.what) == head]) for head in heads}
     for label in _in_order({one.label: one.mechanism for one in found}):
-        texts = {f"{mode} {what}": crossover_text(cells.get((label, mode, what))) for mode, what in heads}
+        texts = {
+            f"{mode} {what}": crossover_text(cells.get((label, mode, what)), usual[mode, what])
+            for mode, what in heads
+        }
         rows.append({"mechanism": label} | texts)
-    lengths = sorted({length for one in found for length in one.compared})
-    span = f"{lengths[0]:,} to {lengths[-1]:,}"
+    ranges = [f"{mode} {_cost(what)} {_range_text(usual[mode, what])}" for mode, what in heads]
     fused = found[0].against == "softmax"
     base = "fused softmax" if fused else "explicit softmax"
     notes = [
         f"from which length on a mechanism costs less than {base} and stays so, interpolated on log-log "
         "axes, with a 95 % interval from the spread of both timings and the interpolation; lengths compared: "
-        + span
+        f"{', '.join(ranges)}, unless the cell says otherwise"
     ]
     if any(one.crossings > 1 for one in found):
         notes.append("*: the order changes more than once; the last change is told")
@@ -152,31 +184,61 @@ def _crossover_table(setting: Setting, found: list[Crossover]) -> list[Table]:
         | {key: getattr(one, key) for key in keys}
         | {f"crossover_{key}": getattr(one, key) for key in numbers}
         | {"first_length": min(one.compared, default=None), "last_length": max(one.compared, default=None)}
+        | {"range_ended": one.ended or None}
         for one in found
     ]
-    return [Table(_title(setting, f"Cheaper than {base} from"), columns, rows, notes, data, matrix=True)]
+    return [Table((f"Cheaper than {base} from",), columns, rows, notes, data, matrix=True)]
 
 
-def crossover_text(found: Crossover | None) -> str:
-    """`2,300 (1,900 - 2,700)`, `always`, `never`, `only up to 3,100`, or `-` where nothing was compared."""
-    if found is None:
+def crossover_text(found: Crossover | None, usual: tuple[str, str] | None = None) -> str:
+    """`2,300 (1,900 - 2,700)`, `always`, `never`, `only up to 3,100`, or `-` where nothing was compared; with
+    the range where it is not that of most cells of the column.
+    """
+    if found is None or len(found.compared) < 2:
         return "-"
-    mark = " *" if found.crossings > 1 else ""
+    told = usual is None or _range(found)[0] == usual[0] or (found.state == NEVER and found.ended)
+    apart = "" if told else f"; of {_range(found)[0]}"
+    return _answer(found) + (" *" if found.crossings > 1 else "") + apart
+
+
+def _answer(found: Crossover) -> str:
+    until, high, low, length = (_length(x, found) for x in (found.until, found.high, found.low, found.length))
     if found.state == ALWAYS:
-        return "always" + (f" (or from {_length(found.high)})" if found.high else "")
+        return "always" + (f" (or from {high})" if found.high else "")
     if found.state == NEVER:
-        text = f"only up to {_length(found.until)}" if found.until else "never"
-        return text + (f" (or from {_length(found.low)})" if found.low else "") + mark
+        ended = f"not up to {found.compared[-1]:,}; {found.ended} beyond" if found.ended else "never"
+        return (f"only up to {until}" if found.until else ended) + (f" (or from {low})" if found.low else "")
     if found.state != CROSSES or found.low is None or found.high is None:
         return "unknown"
-    if found.length is None:
-        return f"between {_length(found.low)} and {_length(found.high)}{mark}"
-    return f"{_length(found.length)} ({_length(found.low)} - {_length(found.high)}){mark}"
+    return f"between {low} and {high}" if found.length is None else f"{length} ({low} - {high})"
 
 
-def _length(value: float | None) -> str:
-    """Two digits and a bit: `180`, `2,350`."""
-    return "-" if value is None else f"{float(f'{value:.3g}'):,.0f}"
+def _cost(what: str) -> str:
+    return "time" if what == WHATS[0] else "memory"
+
+
+def _usual(found: list[Crossover]) -> tuple[str, str]:
+    """The range of most cells of a column."""
+    known = Counter(_range(one) for one in found if one.compared)
+    return known.most_common(1)[0][0] if known else ("none", "")
+
+
+def _range_text(found: tuple[str, str]) -> str:
+    return found[0] + (f" ({found[1]} beyond)" if found[1] else "")
+
+
+def _range(found: Crossover) -> tuple[str, str]:
+    """The lengths compared, and why no longer ones."""
+    first, last = found.compared[0], found.compared[-1]
+    return f"{first:,} to {last:,}" if first < last else f"{first:,}", found.ended
+
+
+def _length(value: float | None, found: Crossover) -> str:
+    """A measured length in full, one between them to three digits: `4,096`, `2,350`."""
+    if value is None:
+        return "-"
+    near = min(found.compared, key=lambda n: abs(n - value))
+    return f"{near if math.isclose(near, value, rel_tol=1e-6) else float(f'{value:.3g}'):,.0f}"
 
 
 # Parts of memory, and shares of what the device can do.
@@ -193,7 +255,7 @@ SHARES = [
 SPARSE = ("matrix_share", "copy_share_at_least", "largest_length")  # left out where no row has them
 
 
-def _parts_table(setting: Setting, members: list[Series]) -> list[Table]:
+def _parts_table(setting: Setting, members: list[Series], silent: int) -> list[Table]:
     rows, rates = [], []
     for series in sorted(members, key=lambda s: (s.mode != "train", s.mechanism in FLOORS, s.label)):
         for length in series.lengths():
@@ -211,8 +273,16 @@ def _parts_table(setting: Setting, members: list[Series]) -> list[Table]:
     if not rows:
         return []
     told = [c for c in SHARES if c.key not in SPARSE or any(row[c.key] not in ("", "-") for row in rows)]
-    title = _title(setting, "Peak memory in parts (MiB), shares of the device")
-    return [Table(title, told, rows, _notes(rates))]
+    notes = _notes(rates)
+    if any(row["largest_length"].startswith(">=") for row in rows):
+        notes.append(">=: no longer length was tried in the time for it, or the device is a CPU")
+    if silent:
+        notes.append(f"not told here: {silent} measurements whose records have no parts of memory")
+    return [Table(("Peak memory in parts (MiB), shares of the device",), told, rows, notes)]
+
+
+def _has_parts(run: dict) -> bool:
+    return isinstance(extra_of(run, "memory_mib"), dict)
 
 
 def _notes(rates: list[tuple]) -> list[str]:
@@ -221,8 +291,8 @@ def _notes(rates: list[tuple]) -> list[str]:
     if known:
         copies, products = zip(*known, strict=True)
         notes.append(
-            f"matrix: share of {_range(products, 1e12)} TFLOP/s, a large product in the run's precision; "
-            f"copy: of {_range(copies, 1e9)} GB/s, a large copy, read and written; measured in these runs"
+            f"matrix: share of {_span(products, 1e12)} TFLOP/s, a large product in the run's precision; "
+            f"copy: of {_span(copies, 1e9)} GB/s, a large copy, read and written; measured in these runs"
         )
         notes.append(
             "copy is a lower bound, from the bytes that must move: weights, gradients and moments in the "
@@ -231,7 +301,7 @@ def _notes(rates: list[tuple]) -> list[str]:
     return notes
 
 
-def _range(values: tuple[float, ...], unit: float) -> str:
+def _span(values: tuple[float, ...], unit: float) -> str:
     low, high = (number(pick(values) / unit) for pick in (min, max))
     return low if low == high else f"{low} to {high}"
 
@@ -247,58 +317,8 @@ def _percent(share: float | None) -> str:
 def _largest(run: dict) -> str:
     if run["status"] != "oom":
         return ""
-    largest = extra_of(run, "largest_length")
-    return "-" if largest is None else f"{largest:,}"
-
-
-# The LRA paper's efficiency table.
-
-
-def _efficiency_table(setting: Setting, members: list[Series]) -> list[Table]:
-    if _facts(setting)["task"] != efficiency.TASK or setting.rule != ("batch", efficiency.BATCH):
-        return []
-    train = [s for s in members if s.mode == "train" and set(efficiency.LENGTHS) & set(s.cells)]
-    base = next((s for s in train if s.mechanism == efficiency.BASE and s.own.get("kernel") == "math"), None)
-    if base is None:
-        return []
-    lengths = [n for n in efficiency.LENGTHS if n in base.cells]
-    columns = [Column("mechanism", "mechanism", left=True, wrap=True)]
-    for name in ("speed", "memory"):
-        columns += [Column(f"{name} {n}", f"{name} {n // 1000}K", left=True) for n in lengths]
-    rows, data = [], []
-    for series in sorted(train, key=lambda s: (s is not base, s.mechanism in FLOORS, s.label)):
-        row = {"mechanism": series.label}
-        for length in lengths:
-            fused = series.mechanism == efficiency.BASE and series is not base  # the paper has none
-            paper = efficiency.Printed(None, None) if fused else efficiency.printed(series.mechanism, length)
-            ours = {
-                "speed": _ratio(base, series, length, "step_ms"),
-                "memory": _ratio(series, base, length, "peak_mem_mib"),
-            }
-            for name, own in ours.items():
-                text = own if isinstance(own, str) else number(own)
-                row[f"{name} {length}"] = f"{text} / {number(getattr(paper, name))}"
-            data.append(
-                {"kind": "efficiency", **_facts(setting), "mode": "train", "mechanism": series.mechanism}
-                | {"label": series.label, "length": length}
-                | {f"{k}_over_explicit": v if not isinstance(v, str) else None for k, v in ours.items()}
-                | {"published_speed": paper.speed, "published_memory": paper.memory}
-            )
-        rows.append(row)
-    notes = [
-        "ours / the paper's, both over explicit softmax at the same length; speed: training steps a second, "
-        "more is better; memory: peak, less is better",
-        "the paper: arXiv 2011.04006, Table 2, memory of one of 16 TPU v3 chips that share the batch, in "
-        "JAX: ratios of another machine and another code, not numbers to reproduce",
-    ]
-    title = _title(setting, "Efficiency beside the LRA paper")
-    return [Table(title, columns, rows, notes, data, matrix=True)]
-
-
-def _ratio(above: Series, below: Series, length: int, what: str) -> float | str:
-    """One cost over another; how a cell ended where there is no number."""
-    for series in (above, below):
-        runs = series.cells.get(length, [])
-        if not any(run["status"] == "ok" and measured(run, what) for run in runs):
-            return runs[-1]["status"] if runs else "-"
-    return above.value(length, what)[0] / below.value(length, what)[0]
+    largest, shortest = extra_of(run, "largest_length"), extra_of(run, "shortest_oom_length")
+    if largest is None:
+        return "-"
+    ended_early = shortest is not None and shortest > next_length(largest)
+    return ">= " * ended_early + f"{largest:,}"

@@ -3,7 +3,7 @@
 import itertools
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,10 +17,9 @@ from lra.report import stats
 if TYPE_CHECKING:
     import pandas as pd
 
-# Rows that differ in any of these are not ranked against each other.
+# Training runs and measurements that differ in any of these are not ranked against each other.
 CONDITIONS = ("paper", "recipe_version", "precision", "selection", "layout", "device", "num_devices")
 TRAIN_KEY = ("task", "length", "data_variant", "data_origin", "data_hash", *CONDITIONS)
-MEASURE_KEY = ("task", *CONDITIONS, "d_model", "num_layers")
 FLOORS = ("identity", "global_mean")  # what a mechanism has to beat; they stand below the ranking
 TASK_TITLES = {
     "listops": "ListOps",
@@ -146,7 +145,8 @@ class Group:
         """Device, precision, step mode and layout."""
         modes = self.step_modes
         steps = modes[0] + (" unless noted" if len(modes) > 1 else "") if modes else None
-        parts = (device_title(self.facts), self.facts["precision"], steps, self.facts["layout"])
+        compiled = "compiled" if self.facts.get("compiled") else None
+        parts = (device_title(self.facts), self.facts["precision"], steps, compiled, self.facts["layout"])
         return ", ".join(str(part) for part in parts if part)
 
 
@@ -184,21 +184,6 @@ def device_title(facts: dict) -> str | None:
     return f"{facts['num_devices']} x {name}" if (facts["num_devices"] or 1) > 1 else name
 
 
-def measure_title(group: Group, what: str) -> tuple[str, ...]:
-    """The parts of the title line of a table of measurements."""
-    facts = group.facts
-    size = [f"d_model {facts['d_model']}"] if facts["d_model"] else []
-    size += [f"{facts['num_layers']} layers"] if facts["num_layers"] else []
-    parts = (
-        what,
-        data_title(facts),
-        recipe_title(facts),
-        ", ".join(size),
-        group.conditions(),
-    )
-    return tuple(part for part in parts if part)
-
-
 def distinct(values: Iterable) -> list:
     """Known values in order of appearance, each once; unhashable ones are compared by their JSON."""
     return list({json.dumps(v, sort_keys=True, default=str): v for v in values if v is not None}.values())
@@ -228,7 +213,7 @@ def runs_of(frame: "pd.DataFrame", kind: str) -> list[dict]:
 def train_groups(frame: "pd.DataFrame", *, ties: bool = True) -> list[Group]:
     """Training runs, grouped and ranked; `ties` False spares the paired test."""
     groups = [
-        Group(facts, rank(_rows(runs))) for facts, runs in _partition(runs_of(frame, "train"), TRAIN_KEY)
+        Group(facts, rank(_rows(runs))) for facts, runs in partition(runs_of(frame, "train"), TRAIN_KEY)
     ]
     _tell_apart(groups)
     for group in groups if ties else ():
@@ -236,42 +221,35 @@ def train_groups(frame: "pd.DataFrame", *, ties: bool = True) -> list[Group]:
     return groups
 
 
-def measure_groups(frame: "pd.DataFrame") -> list[Group]:
-    """Measurements, grouped; each row is one mechanism at one mode, length and batch size."""
-    groups = []
-    for facts, runs in _partition(runs_of(frame, "measure"), MEASURE_KEY):
-        cells = defaultdict(list)
-        for run in runs:
-            cells[str(extra_of(run, "mode") or "train"), run["length"] or 0, run["batch_size"] or 0].append(
-                run
-            )
-        order = sorted(cells, key=lambda key: (key[0] != "train", key))
-        rows = [row for key in order for row in sorted(_rows(cells[key]), key=_by_time)]
-        groups.append(Group(facts, rows))
-    return groups
-
-
-def _by_time(row: Row) -> tuple:
-    step_ms = row.mean("step_ms")
-    return (row.mechanism in FLOORS, step_ms is None, step_ms or 0.0, row.label)
-
-
-def _partition(runs: list[dict], key: tuple[str, ...]) -> list[tuple[dict, list[dict]]]:
-    """Runs by the facts they share; one that failed before it knew them joins the only group it fits."""
+def partition(
+    runs: list[dict],
+    key: tuple[str, ...],
+    fact: Callable[[dict, str], Any] = dict.__getitem__,
+    *,
+    loose: tuple[str, ...] = (),
+) -> list[tuple[dict, list[dict]]]:
+    """Runs by the facts they share. One that failed before it knew them, or lacks those of `loose`, joins
+    the only group it fits.
+    """
     groups: dict[tuple, list[dict]] = {}
-    unsure = []
+    unsure: tuple[list, list] = ([], [])  # runs that ended well are placed first
     for run in runs:
-        facts = tuple(run[k] for k in key)
-        if run["status"] != "ok" and None in facts:
-            unsure.append((facts, run))
+        facts = tuple(fact(run, k) for k in key)
+        failed = run["status"] != "ok"
+        if any(f is None and (failed or k in loose) for k, f in zip(key, facts, strict=True)):
+            unsure[failed].append((facts, run))
         else:
             groups.setdefault(facts, []).append(run)
-    certain = list(groups)
-    for facts, run in unsure:
-        fitting = [
-            g for g in certain if all(f is None or f == other for f, other in zip(facts, g, strict=True))
-        ]
-        groups.setdefault(fitting[0] if len(fitting) == 1 else facts, []).append(run)
+    for failed, waiting in enumerate(unsure):
+        free = [failed or k in loose for k in key]
+        certain = list(groups)
+        for facts, run in waiting:
+            fitting = [
+                group
+                for group in certain
+                if all(f == g or (f is None and any_) for f, g, any_ in zip(facts, group, free, strict=True))
+            ]
+            groups.setdefault(fitting[0] if len(fitting) == 1 else facts, []).append(run)
     tasks = list(TASK_TITLES)
 
     def order(facts: dict) -> tuple:
@@ -308,19 +286,25 @@ def _labels(model: str, configs: list[tuple[Any, list[dict]]]) -> list[str]:
         fields["deviations"] = [
             d for d in fields["deviations"] or [] if not all(d in other for other in lists)
         ]
-    parts: list[list[str]] = [[] for _ in configs]
-    for source in (0, 1):  # the mechanism's own parameters say more than the sizes they lead to
-        for key in dict.fromkeys(k for d in described for k in d[source]):
-            values = [d[source].get(key) for d in described]
-            if len({json.dumps(v, sort_keys=True, default=str) for v in values}) > 1:
-                for part, value in zip(parts, values, strict=True):
-                    part += [] if value in (None, []) else [value_text(key, value)]
-        if len({tuple(part) for part in parts}) == len(parts):
-            break
+    parts = differing([own for own, _ in described])  # it says more than the sizes it leads to
+    if len({tuple(part) for part in parts}) < len(parts):
+        sizes = differing([fields for _, fields in described])
+        parts = [one + more for one, more in zip(parts, sizes, strict=True)]
     labels = [f"{model} ({', '.join(part)})" if part else model for part in parts]
     if len(set(labels)) == len(labels):
         return labels
     return [f"{label} [{str(key)[:6]}]" for label, (key, _) in zip(labels, configs, strict=True)]
+
+
+def differing(described: list[dict]) -> list[list[str]]:
+    """For each dict, those of its values that not all have, as text."""
+    parts: list[list[str]] = [[] for _ in described]
+    for key in dict.fromkeys(key for one in described for key in one):
+        values = [one.get(key) for one in described]
+        if len({json.dumps(value, sort_keys=True, default=str) for value in values}) > 1:
+            for part, value in zip(parts, values, strict=True):
+                part += [] if value in (None, []) else [value_text(key, value)]
+    return parts
 
 
 def value_text(key: str, value: Any) -> str:

@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     import pandas as pd
 
 WHATS = ("step_ms", "peak_mem_mib")
+GROWING = ("step_ms", "activations_mib")
 UPPER = 3  # lengths, the longest ones, from which growth is read
 DRAWS = 2000
 LEVEL = 0.95
+EDGE = 0.03  # share of draws at either bound of the interpolation: more than the tail that an interval drops
 CROSSES, ALWAYS, NEVER, UNKNOWN = "crosses", "always cheaper", "never cheaper", "unknown"
 
 
@@ -27,8 +29,8 @@ CROSSES, ALWAYS, NEVER, UNKNOWN = "crosses", "always cheaper", "never cheaper", 
 class Growth:
     """The exponent p of cost ~ length^p between two lengths, and its standard error (None: not known).
 
-    what: `step_ms`, or for memory `activations_mib` where records tell it (weights and optimizer state do not
-    grow), else `peak_mem_mib`.
+    what: `step_ms` or `activations_mib`: of peak memory the part of weights and optimizer state does not grow
+    with the rows of a batch, so that nothing is told where records have no parts.
     """
 
     setting: Setting
@@ -51,7 +53,8 @@ class Crossover:
     and `never cheaper` are said of the lengths compared; there `high` or `low` is where the timing spread
     would have it cross instead, else None. `unknown`: fewer than two lengths, or a spread from always to
     never. `crossings` counts changes of order; `until` is the length up to which a mechanism was cheaper
-    that is so no longer at the end.
+    that is so no longer at the end. `ended`: why nothing was compared at the lengths beyond, as
+    `softmax: oom`.
     """
 
     mechanism: str
@@ -66,6 +69,7 @@ class Crossover:
     crossings: int = 0
     until: float | None = None
     compared: tuple[int, ...] = ()
+    ended: str = ""
     setting: Setting | None = None
 
 
@@ -74,16 +78,12 @@ def growth(frame: "pd.DataFrame") -> list[Growth]:
     found = []
     for setting, members in settings(frame).items():
         for series in members:
-            for what in WHATS:
+            for what in GROWING:
                 found += _growth(setting, series, what)
     return found
 
 
 def _growth(setting: Setting, series: Series, what: str) -> list[Growth]:
-    if what == "peak_mem_mib":
-        lengths = [n for n in series.lengths() if math.isfinite(series.value(n, what)[0])]
-        if all(math.isfinite(series.value(n, "activations_mib")[0]) for n in lengths):
-            what = "activations_mib"
     points = [(n, *series.value(n, what)) for n in series.lengths()]
     points = [point for point in points if math.isfinite(point[1])][-UPPER:]
     if len(points) < 2:
@@ -140,20 +140,21 @@ def crossovers(frame: "pd.DataFrame", against: str = "softmax", *, kernel: str =
 
 
 def _crossover(setting: Setting, series: Series, base: Series, against: str, what: str) -> Crossover:
-    points = []
+    points, ended = [], ""
     for length in sorted(set(series.cells) & set(base.cells)):
         (ours, our_spread), (theirs, their_spread) = series.value(length, what), base.value(length, what)
         known = not (math.isnan(ours) or math.isnan(theirs)) and _rows(series, length) == _rows(base, length)
         if not known or (math.isinf(theirs) and (math.isinf(ours) or what == "step_ms")):
+            ended = f"{base.mechanism}: oom" if math.isinf(theirs) else ended
             continue
         ratio = math.inf if math.isinf(ours) else -math.inf if math.isinf(theirs) else math.log(ours / theirs)
         points.append((length, ratio, math.hypot(our_spread, their_spread)))
     names = (series.mechanism, series.label, series.mode, what, against)
-    compared = tuple(length for length, *_ in points)
+    rest = {"compared": tuple(length for length, *_ in points), "ended": ended, "setting": setting}
     if len(points) < 2:
-        return Crossover(*names, UNKNOWN, compared=compared, setting=setting)
+        return Crossover(*names, UNKNOWN, **rest)
     lengths, ratios, spreads = (np.array(column, dtype=float) for column in zip(*points, strict=True))
-    return Crossover(*names, **where(lengths, ratios, spreads), compared=compared, setting=setting)
+    return Crossover(*names, **where(lengths, ratios, spreads), **rest)
 
 
 def where(lengths: np.ndarray, ratios: np.ndarray, spreads: np.ndarray, *, seed: int = 0) -> dict:
@@ -163,29 +164,37 @@ def where(lengths: np.ndarray, ratios: np.ndarray, spreads: np.ndarray, *, seed:
     """
     x = np.log(lengths)
     cheaper = ratios < 0
-    point = float(_roots(x, ratios[None], None)[0])
+    point = float(_roots(x, ratios[None], np.array([0.5]), chord=True)[0])
     generator = np.random.default_rng(seed)
     drawn = ratios + spreads * generator.standard_normal((DRAWS, len(x)))
-    roots = np.sort(_roots(x, drawn, generator.uniform(size=DRAWS)))
+    shares = np.clip(generator.uniform(-EDGE, 1 + EDGE, DRAWS), 0, 1)
+    roots = np.sort(_roots(x, drawn, shares))
     tail = int((1 - LEVEL) / 2 * DRAWS)
-    low, high = float(roots[tail]), float(roots[-1 - tail])
+    # Where the whole gap is open, the point is the chord's and may lie in the tail of the draws.
+    low, high = min(float(roots[tail]), point), max(float(roots[-1 - tail]), point)
     found = {"crossings": int((cheaper[1:] != cheaper[:-1]).sum()), "until": _until(x, ratios)}
     if low == -math.inf and high == math.inf:
         return found | {"state": UNKNOWN}
     if point == -math.inf:
-        return found | {"state": ALWAYS, "high": None if high == -math.inf else _clipped(high, x)}
+        return found | {"state": ALWAYS, "high": None if high == -math.inf else _clipped(high, lengths)}
     if point == math.inf:
-        return found | {"state": NEVER, "low": None if low == math.inf else _clipped(low, x)}
+        return found | {"state": NEVER, "low": None if low == math.inf else _clipped(low, lengths)}
     last = int(np.flatnonzero(~cheaper)[-1])
     exact = np.isfinite(ratios[last : last + 2]).all()
-    found |= {"low": _clipped(low, x), "high": _clipped(high, x), "state": CROSSES}
+    found |= {"low": _clipped(low, lengths), "high": _clipped(high, lengths), "state": CROSSES}
     if exact:
         return found | {"length": math.exp(point)}
-    return found | {"low": float(lengths[last]), "high": float(lengths[last + 1])}
+    return found | {
+        "low": min(found["low"], float(lengths[last])),
+        "high": max(found["high"], float(lengths[last + 1])),
+    }
 
 
-def _clipped(root: float, x: np.ndarray) -> float:
-    return math.exp(min(max(root, float(x[0])), float(x[-1])))
+def _clipped(root: float, lengths: np.ndarray) -> float:
+    """exp(root), cut off at the lengths compared; one of these where it is as good as that."""
+    length = min(max(math.exp(root), float(lengths[0])), float(lengths[-1]))
+    near = float(min(lengths, key=lambda n: abs(n - length)))
+    return near if math.isclose(near, length, rel_tol=1e-9) else length
 
 
 def _until(x: np.ndarray, ratios: np.ndarray) -> float | None:
@@ -198,12 +207,12 @@ def _until(x: np.ndarray, ratios: np.ndarray) -> float | None:
     return math.exp(float(x[i] + (x[i + 1] - x[i]) * ratios[i] / (ratios[i] - ratios[i + 1])))
 
 
-def _roots(x: np.ndarray, ratios: np.ndarray, shares: np.ndarray | None) -> np.ndarray:
+def _roots(x: np.ndarray, ratios: np.ndarray, shares: np.ndarray, *, chord: bool = False) -> np.ndarray:
     """The last change from dearer to cheaper in each row of `ratios` [draws n], as log length [draws].
 
     -inf: cheaper throughout; inf: not cheaper at the end. `shares` [draws] in [0, 1] say where between the
-    bounds of the interpolation the change is; None takes the chord. The bounds are the whole gap where one
-    of its ends is infinite, or no neighbouring chord falls.
+    bounds of the interpolation the change is. The bounds are the whole gap where one of its ends is infinite,
+    or no neighbouring chord falls; there `chord` takes the straight line instead, if both ends are finite.
     """
     draws, n = ratios.shape
     dearer = ratios >= 0
@@ -215,22 +224,20 @@ def _roots(x: np.ndarray, ratios: np.ndarray, shares: np.ndarray | None) -> np.n
     left, right = x[i], x[i + 1]
     before, after = rows[picked, i], rows[picked, i + 1]
     with np.errstate(invalid="ignore", divide="ignore"):
-        chord = left + (right - left) * before / (before - after)
-        bounds, bounded = [chord], np.zeros(len(inside), dtype=bool)
+        straight = left + (right - left) * before / (before - after)
+        bounds, bounded = [straight], np.zeros(len(inside), dtype=bool)
         for first, allowed in ((i - 1, i >= 1), (i + 1, i + 2 < n)):
             a, b = np.clip(first, 0, n - 2), np.clip(first + 1, 1, n - 1)
             rise = (rows[picked, b] - rows[picked, a]) / (x[b] - x[a])
             line = x[a] - rows[picked, a] / rise  # where the neighbouring chord, continued, is zero
             usable = allowed & np.isfinite(line) & (rise < 0)
-            bounds.append(np.where(usable, np.clip(line, left, right), chord))
+            bounds.append(np.where(usable, np.clip(line, left, right), straight))
             bounded |= usable
         low, high = np.min(bounds, axis=0), np.max(bounds, axis=0)
     open_gap = ~(np.isfinite(before) & np.isfinite(after))
-    low, high = np.where(bounded & ~open_gap, low, left), np.where(bounded & ~open_gap, high, right)
-    if shares is None:
-        roots[inside] = np.where(open_gap, (left + right) / 2, chord)
-    else:
-        roots[inside] = low + shares[inside] * (high - low)
+    free = open_gap if chord else open_gap | ~bounded  # without neighbours both bounds are the chord
+    low, high = np.where(free, left, low), np.where(free, right, high)
+    roots[inside] = low + shares[inside] * (high - low)
     return roots
 
 

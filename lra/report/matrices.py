@@ -3,7 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Callable
 
-from lra.report import cautions
+from lra.report import cautions, measurements
 from lra.report import groups as grouping
 from lra.report.averages import add_averages
 from lra.report.cells import Column, Table, accuracy_text, number
@@ -13,7 +13,8 @@ MAJORITY = "majority class"
 
 
 def _accuracy_cell(row: Row) -> str:
-    return accuracy_text(row.summary, "") + ("†" if row.summary.num_seeds == 1 else "")
+    marks = "†" * (row.summary.num_seeds == 1) + "‡" * bool(row.failures)
+    return accuracy_text(row.summary, "") + marks
 
 
 MATRICES: tuple[tuple[str, Callable[[Row], str]], ...] = (
@@ -70,10 +71,11 @@ def task_matrices(found: list[Group], data: Callable[[Group], list[dict]]) -> li
 
 def _elsewhere(bundles: list[list[Group]]) -> list[list[str]]:
     """Per bundle, what `cautions.elsewhere` says of its groups beside those of other bundles, each once."""
-    found = iter(
-        cautions.elsewhere([group for bundle in bundles for group in bundle], ("recipe", "precision"))
-    )
-    return [list(dict.fromkeys(text for _ in bundle for text in next(found))) for bundle in bundles]
+    groups = [group for bundle in bundles for group in bundle]
+    warnings = dict(zip(map(id, groups), cautions.elsewhere(groups, ("recipe", "precision")), strict=True))
+    return [
+        list(dict.fromkeys(text for group in bundle for text in warnings[id(group)])) for bundle in bundles
+    ]
 
 
 def _task_heading(group: Group) -> str:
@@ -123,6 +125,7 @@ def _matrix(bundle: list[Group], cell: Callable[[Row], str], heading: Callable[[
     table = Table((), columns, lines, matrix=True, warnings=cautions.mixed_data(headings, bundle))
     if cell is _accuracy_cell:
         _add_counts(table, bundle)
+        _add_failures(table, headings, bundle)
         _add_majority(table, bundle)
     return table
 
@@ -145,6 +148,25 @@ def _add_counts(table: Table, bundle: list[Group]) -> None:
         table.footnotes.append("†: one seed")
 
 
+def _add_failures(table: Table, headings: list[str], bundle: list[Group]) -> None:
+    """Which of the cells with an accuracy have seeds that ended otherwise."""
+    found = [
+        f"{row.label} in {heading}: {', '.join(f'{n} {status}' for status, n in _statuses(row).items())}"
+        for heading, group in zip(headings, bundle, strict=True)
+        for row in group.rows
+        if row.ok and row.failures
+    ]
+    if found:
+        table.footnotes.append(f"‡: other seeds failed and are not in the mean: {'; '.join(found)}")
+
+
+def _statuses(row: Row) -> Counter:
+    statuses: Counter = Counter()
+    for (status, _), count in row.failures.items():
+        statuses[status] += count
+    return statuses
+
+
 def _add_majority(table: Table, bundle: list[Group]) -> None:
     """The share of the most frequent class, below the floors."""
     shares = ["" if g.majority is None else f"{100 * g.majority:.1f}" for g in bundle]
@@ -165,6 +187,7 @@ def measure_matrices(group: Group) -> list[Table]:
         if len({length for length, _ in lengths}) < 2:
             continue
         batches = {batch for _, batch in lengths}
+        settings = measurements.setting_notes([row for at in lengths.values() for row in at.values()])
         labels = dict.fromkeys(label for at in sorted(lengths) for label in lengths[at])
         floors = {row.label for row in group.rows if row.mechanism in FLOORS}
         columns = [Column("mechanism", "mechanism", left=True, wrap=True)]
@@ -177,8 +200,8 @@ def measure_matrices(group: Group) -> list[Table]:
                 texts = ["" if row is None else cell(row) if row.ok else row.state for row in found]
                 rows.append({"mechanism": label} | {str(i): text for i, text in enumerate(texts)})
             batch = f", batch {min(batches)}" if len(batches) == 1 and min(batches) else ""
-            headings = grouping.measure_title(group, f"{what} by length, {mode}{batch}")
+            headings = measurements.measure_title(group, f"{what} by length, {mode}{batch}")
             notes_below = ["columns are length x batch size"] if len(batches) > 1 else []
-            tables.append(Table(headings, columns, rows, [*notes_below, *kernels], matrix=True))
+            tables.append(Table(headings, columns, rows, [*notes_below, *kernels, *settings], matrix=True))
             tables[-1].warnings += cautions.one_kernel(group.rows)
     return tables

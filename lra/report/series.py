@@ -1,6 +1,5 @@
 """Measurements by length: one series per mechanism, mode, setting and batch rule, ready to be compared."""
 
-import json
 import math
 from collections import defaultdict
 from dataclasses import dataclass
@@ -8,13 +7,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lra.report.groups import extra_of, own_of, runs_of, value_text
+from lra.report.groups import extra_of, own_of, runs_of
+from lra.report.measurements import MEASURE_KEY, mode_of, own_labels, parted, variant
 
 if TYPE_CHECKING:
     import pandas as pd
 
 IQR_OF_SD = 1.349  # the quartiles of a normal distribution lie so many standard deviations apart
-FACTS = ("task", "paper", "recipe_version", "precision", "device", "num_devices", "d_model", "num_layers")
+# Full rows have no padding, so that the layout is no reason to keep mechanisms apart.
+FACTS = tuple(key for key in MEASURE_KEY if key not in ("layout", "selection"))
 NO_VALUE = (math.nan, math.nan)
 
 Rule = tuple[str, int]  # ("tokens", N): about N tokens a batch at each length; ("batch", b): b rows
@@ -35,7 +36,7 @@ class Setting:
 
 @dataclass
 class Series:
-    """One mechanism in one mode: its runs by length. `variant` is its own parameters as text."""
+    """One mechanism with its own parameters, in one mode and layout: its runs by length."""
 
     mechanism: str
     label: str
@@ -80,19 +81,40 @@ def _spread(run: dict) -> float:
 
 
 def settings(frame: "pd.DataFrame") -> dict[Setting, list[Series]]:
-    """The series of a frame of records, by what they can be compared under; in order of appearance."""
+    """The series of a frame of records, by what they can be compared under.
+
+    A run stands under every batch rule that it satisfies and that its mechanism has two lengths of.
+    """
     runs = [run for run in runs_of(frame, "measure") if run["length"] and run["batch_size"]]
-    by_facts: dict[tuple, list[dict]] = defaultdict(list)
-    for run in runs:
-        by_facts[(*(run[key] for key in FACTS), extra_of(run, "setting"))].append(run)
     found = {}
-    for facts, members in by_facts.items():
-        by_rule: dict[Rule, list[dict]] = defaultdict(list)
-        for run, rule in zip(members, _rules(members), strict=True):
-            by_rule[rule].append(run)
-        for rule, chosen in by_rule.items():
-            found[Setting(facts, rule)] = _series(chosen)
+    for facts, members in parted(runs, FACTS):
+        for rule, chosen in _by_rule(members).items():
+            found[Setting(tuple(facts.values()), rule)] = _series(chosen)
     return found
+
+
+def _by_rule(runs: list[dict]) -> dict[Rule, list[dict]]:
+    """The runs of each batch rule: those that were made for it, and those of other rules that satisfy it."""
+    chosen = _rules(runs)
+    found: dict[Rule, list[dict]] = {}
+    for rule in dict.fromkeys(chosen):
+        own = [run for run, made_for in zip(runs, chosen, strict=True) if made_for == rule]
+        kinds = {_kind(run) for run in own}
+        fitting = [
+            run
+            for run, made_for in zip(runs, chosen, strict=True)
+            if made_for == rule or _satisfies(run, rule)
+        ]
+        lengths: dict[tuple, set[int]] = defaultdict(set)
+        for run in fitting:
+            lengths[_kind(run)].add(int(run["length"]))
+        found[rule] = [run for run in fitting if _kind(run) in kinds or len(lengths[_kind(run)]) > 1]
+    return found
+
+
+def _satisfies(run: dict, rule: Rule) -> bool:
+    kind, size = rule
+    return int(run["batch_size"]) == (size if kind == "batch" else max(1, size // int(run["length"])))
 
 
 def _rules(runs: list[dict]) -> list[Rule]:
@@ -116,23 +138,22 @@ def _rules(runs: list[dict]) -> list[Rule]:
     ]
 
 
-def _kind(run: dict) -> tuple[str, str, str]:
-    """Mechanism, own parameters and mode."""
-    return run["model"], json.dumps(own_of(run), sort_keys=True), str(extra_of(run, "mode") or "train")
+def _kind(run: dict) -> tuple[tuple[str, str], str, str]:
+    """Mechanism with own parameters, mode and layout."""
+    return variant(run), mode_of(run), str(run["layout"])
 
 
 def _series(runs: list[dict]) -> list[Series]:
     """A label tells the variants of a mechanism apart, where there are several."""
-    by_model: dict[str, dict[str, dict]] = defaultdict(dict)
-    for run in runs:
-        by_model[run["model"]][_kind(run)[1]] = own_of(run)
-    cells: dict[tuple[str, str, str], dict[int, list[dict]]] = defaultdict(lambda: defaultdict(list))
+    labels = own_labels(runs)
+    cells: dict[tuple, dict[int, list[dict]]] = defaultdict(lambda: defaultdict(list))
+    layouts: dict[tuple[str, str], set[str]] = defaultdict(set)
     for run in runs:
         cells[_kind(run)][int(run["length"])].append(run)
+        layouts[variant(run)].add(str(run["layout"]))
     found = []
-    for (model, key, mode), by_length in cells.items():
-        own = by_model[model][key]
-        parts = [value_text(name, value) for name, value in own.items()] if len(by_model[model]) > 1 else []
-        label = f"{model} ({', '.join(parts)})" if parts else model
-        found.append(Series(model, label, mode, own, dict(by_length)))
+    for (which, mode, layout), by_length in cells.items():
+        label = labels[which] + (f" [{layout}]" if len(layouts[which]) > 1 else "")
+        own = own_of(next(iter(by_length.values()))[0])
+        found.append(Series(which[0], label, mode, own, dict(by_length)))
     return found

@@ -4,7 +4,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from lra.errors import UserError, unknown
-from lra.report import cautions, cost_tables, matrices, published, stats, verdicts
+from lra.report import cautions, cost_tables, matrices, measurements, published, stats, verdicts
 from lra.report import groups as grouping
 from lra.report.cells import Column, Table, accuracy_text, interval_text, number, published_text, si
 from lra.report.groups import FLOORS, Group, Row, distinct, extra_of, value_text
@@ -75,7 +75,7 @@ def build(frame: "pd.DataFrame", by: str | None = None, *, pairs: bool = False) 
             tables[-1].warnings[:0] = elsewhere
             tables += [beside] if beside else []
         tables += matrices.length_matrices(found)
-    measured = grouping.measure_groups(frame)
+    measured = measurements.measure_groups(frame)
     for group, elsewhere in zip(measured, cautions.elsewhere(measured), strict=True):
         first = measure_section(group)
         first.warnings[:0] = elsewhere
@@ -269,8 +269,9 @@ def measure_section(group: Group) -> Table:
     for row in group.rows:
         places[f"{cautions.mode_of(row)} at {row.runs[0]['length'] or 0:,}"].append(row)
     warnings = cautions.one_kernel(group.rows) + cautions.heavier_by_place(places.items())
-    below = cautions.kernels(group.rows) + _state_footnote(rows) + memory_footnotes(group.rows)
-    title = grouping.measure_title(group, "Time and memory of a step")
+    below = cautions.kernels(group.rows) + measurements.setting_notes(group.rows)
+    below += _state_footnote(rows) + memory_footnotes(group.rows)
+    title = measurements.measure_title(group, "Time and memory of a step")
     data = [_data(group, row, None) for row in group.rows]
     return Table(title, _filled(MEASURED, rows), rows, below, data, keys=3, warnings=warnings)
 
@@ -304,6 +305,9 @@ def _data(group: Group, row: Row, cell: published.Cell | None) -> dict:
     facts = {
         key: group.facts.get(key, row.only(key)) for key in dict.fromkeys((*grouping.TRAIN_KEY, "step_mode"))
     }
+    if measured:  # a table may hold cells that were not compiled as the others were
+        facts |= {key: group.facts[key] for key in ("torch", "setting")}
+        facts["compiled"] = extra_of(row.runs[0], "compiled")
     return {
         "kind": row.runs[0]["kind"],
         **facts,

@@ -8,47 +8,17 @@ import subprocess
 import sys
 
 import pytest
-import torch
+from measure_samples import OUT_OF_MEMORY, SMALL, made_up
 from rich.console import Console
 
-from lra import measure, measuring, measuring_rates, records
+from lra import measure, measuring, records
 from lra.cli import main
 from lra.config import compose
 from lra.errors import UserError
 from lra.measure import Event, cells, dealt, measurable
 from lra.measuring import measure_cell
 from lra.measuring_display import Display
-from lra.measuring_largest import largest_that_fits, on_grid
 from lra.report import efficiency
-
-SMALL = ["model.d_model=16", "model.d_ff=32", "model.num_layers=1", "train.device=cpu"]
-OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB."
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    """Three calls a cell, and rates of two calls, in place of a second each."""
-    monkeypatch.setattr(measuring, "MIN_CALLS", 3)
-    monkeypatch.setattr(measuring, "MIN_SECONDS", 0.0)
-    monkeypatch.setattr(measuring_rates, "SECONDS", 0.0)
-    monkeypatch.setattr(measuring_rates, "SIDE", {"cpu": 64})
-    monkeypatch.setattr(measuring_rates, "COPY_BYTES", {"cpu": 2**16})
-    measuring_rates.rates.cache_clear()
-    yield
-    measuring_rates.rates.cache_clear()
-
-
-def made_up(monkeypatch, outcome=lambda cell: {}):
-    """Measures nothing: `outcome` gives the fields of a record, or raises."""
-    seen = []
-
-    def measured(cell):
-        seen.append((cell.config.model.label, cell.config.length, cell.mode))
-        return {"step_ms": 1.0, "peak_mem_mib": 2.0, "extra": {}} | outcome(cell)
-
-    monkeypatch.setattr(measuring, "_measure", measured)
-    return seen
-
 
 # What is planned.
 
@@ -129,8 +99,9 @@ def test_shards_hold_every_cell_once_and_keep_mechanisms_whole():
         (["model=all,softmax"], "unknown model 'all'"),
         (["--shard", "3/2"], "--shard 3/2 is not a share; write i/n with i from 1 to n, as in 1/4"),
         (["--shard", "0/2"], "--shard 0/2 is not a share"),
-        (["--shard", "2/3"], "--shard 2/3 has nothing to do: there are 1 mechanisms"),
+        (["--shard", "2/3"], "--shard 2/3 has nothing to do: there is 1 mechanism; use fewer"),
         (["--time-limit", "0"], "--time-limit 0 leaves no time; give seconds above 0"),
+        (["--time-limit", "nan"], "--time-limit nan leaves no time"),
         (["--time-limit", "soon"], "--time-limit"),
     ],
     ids=str,
@@ -140,129 +111,14 @@ def test_wrong_input_is_refused_with_what_is_allowed(argv, message, capsys):
     assert message in capsys.readouterr().err and not records.runs_root().exists()
 
 
-# What a record holds.
-
-
-@pytest.mark.parametrize("mode", ["train", "infer"])
-def test_peak_memory_is_the_sum_of_its_parts_and_data_are_apart(mode, quick):
-    (record,) = measure.measure(["model=linear", "length=64", "batch_size=4", f"mode={mode}", *SMALL])
-    parts = record.extra["memory_mib"]
-    assert parts["weights"] + parts["optimizer"] + parts["activations"] == pytest.approx(record.peak_mem_mib)
-    state = 3 * parts["weights"] if mode == "train" else 0  # gradients and two moments; nothing is a buffer
-    assert parts["optimizer"] == pytest.approx(state, rel=1e-3)
-    assert parts["data"] == 4 * 64 / 2**20, "a byte a token"
-    assert parts["activations"] > 0
-
-
-@pytest.mark.parametrize("mode", ["train", "infer"])
-def test_on_a_gpu_data_and_optimizer_state_that_inference_has_no_use_for_are_set_aside(mode, monkeypatch):
-    (cell,) = cells(["model=linear", "length=64", "batch_size=4", f"mode={mode}", *SMALL])
-    bench = measuring._bench(cell)
-    allocated = 50.0  # MiB at the peak, everything included
-    monkeypatch.setattr(
-        measuring.cost, "cuda_peak_mib", lambda device, aside, step: allocated - aside / measuring.cost.MIB
-    )
-    peak, _, parts = measuring._memory(bench, mode, torch.device("cuda"))
-    state = measuring.cost.optimizer_bytes(bench.step) / measuring.cost.MIB
-    assert peak + parts["data"] + (0 if mode == "train" else state) == pytest.approx(allocated)
-    assert parts["weights"] + parts["optimizer"] + parts["activations"] == pytest.approx(peak)
-
-
-def test_a_forward_pass_has_flops_and_a_training_step_about_three_times_as_many(quick):
-    both = ["length=64", "batch_size=4", "mode=train,infer", *SMALL]
-    train, infer = measure.measure(["model=linear", *both])
-    assert 2.5 < train.flops_per_step / infer.flops_per_step <= 3.0
-
-
-def test_shares_are_those_of_rates_measured_in_the_same_process(quick):
-    (record,) = measure.measure(["model=linear", "length=64", "batch_size=4", *SMALL])
-    extra, seconds = record.extra, record.step_ms / 1e3
-    assert extra["copy_bytes_per_s"] > 1e6 and extra["matrix_flops_per_s"] > 1e6
-    assert extra["matrix_share"] == pytest.approx(
-        record.flops_per_step / seconds / extra["matrix_flops_per_s"]
-    )
-    parts = extra["memory_mib"]
-    moved = 2 * (parts["weights"] + parts["optimizer"] + parts["activations"]) * 2**20
-    assert extra["moved_bytes_at_least"] == pytest.approx(moved)
-    assert extra["copy_share_at_least"] == pytest.approx(moved / seconds / extra["copy_bytes_per_s"])
-    assert measuring_rates.rates(torch.device("cpu"), "fp32") is measuring_rates.rates(
-        torch.device("cpu"), "fp32"
-    )
-
-
-def test_operations_that_do_not_fit_in_memory_are_not_counted_and_the_cell_goes_on(quick, monkeypatch):
-    def no_room(*_):
-        raise torch.OutOfMemoryError(OUT_OF_MEMORY)
-
-    monkeypatch.setattr(measuring.cost.Trial, "flops", no_room)
-    (record,) = measure.measure(["model=linear", "length=64", "batch_size=4", *SMALL])
-    assert (record.status, record.flops_per_step, record.extra["matrix_share"]) == ("ok", None, None)
-
-
-# The largest length that fits.
-
-
-@pytest.mark.parametrize("limit", [16, 100, 1024, 3000, 5000, 50_000])
-@pytest.mark.parametrize("low", [0, 16])
-def test_the_search_ends_between_two_neighbours_of_the_grid(limit, low):
-    tried = []
-
-    def fits(length):
-        tried.append(length)
-        return length <= limit
-
-    largest, shortest = largest_that_fits(fits, low, 65536, seconds=60)
-    assert largest == on_grid(limit) and largest <= limit < shortest <= 1.125 * largest + 2
-    assert len(tried) <= 14 and len(set(tried)) == len(tried)
-
-
-def test_the_search_says_nothing_fits_and_keeps_to_its_time():
-    assert largest_that_fits(lambda length: False, 0, 4096, seconds=60) == (None, 16)
-    assert largest_that_fits(lambda length: pytest.fail("tried"), 1024, 4096, seconds=0) == (1024, 4096)
-
-
-def test_out_of_memory_on_a_gpu_starts_the_search_between_what_is_known(monkeypatch):
-    (cell,) = cells(["model=linear", "length=4096", "tokens=8192", *SMALL])
-    tried = []
-
-    def fits(other):
-        tried.append((other.config.length, other.config.batch_size))
-        return other.config.length <= 2000
-
-    monkeypatch.setattr(measuring, "_fits", fits)
-    monkeypatch.setattr(measuring.environment, "pick_device", lambda name: torch.device("cuda"))
-    found = measuring._largest(cell, {512: "ok", 1024: "ok", 8192: "oom"}, 60.0)
-    assert found == {"largest_length": 1920, "shortest_oom_length": 2048}
-    assert all(1024 < length < 4096 and rows == 8192 // length for length, rows in tried)
-
-
-def test_out_of_memory_on_a_cpu_tells_the_largest_length_measured(monkeypatch, capsys):
-    def outcome(cell):
-        if cell.config.length > 128:
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
-        return {}
-
-    made_up(monkeypatch, outcome)
-    assert main(["measure", "model=linear", "length=64,128,256", "batch_size=2", *SMALL]) == 1
-    assert "(length 128 fits)" in capsys.readouterr().err
-    (found,) = [
-        r for r in map(records.read, (records.runs_root() / "measure").iterdir()) if r.status == "oom"
-    ]
-    assert found.extra["largest_length"] == 128
-
-
-def test_a_trial_that_runs_out_of_memory_does_not_fit(quick, monkeypatch):
-    (cell,) = cells(["model=linear", "length=64", "batch_size=2", *SMALL])
-    assert measuring._fits(cell)
-
-    def no_room(*_, **__):
-        raise torch.OutOfMemoryError(OUT_OF_MEMORY)
-
-    monkeypatch.setattr(measuring.Step, "train", no_room)
-    assert not measuring._fits(cell)
-
-
 # How a sweep stops and goes on.
+
+
+def test_what_fits_is_known_of_the_same_batch_only():
+    two, four = (cells(["model=linear", "length=64", f"batch_size={rows}", *SMALL])[0] for rows in (2, 4))
+    assert measure._apart(two) != measure._apart(four)
+    short, long = cells(["model=linear", "length=64,128", "tokens=256", *SMALL])
+    assert measure._apart(short) == measure._apart(long) != measure._apart(four)
 
 
 def test_the_time_limit_begins_no_further_cell_and_the_same_command_goes_on(monkeypatch, capsys):
@@ -276,6 +132,20 @@ def test_the_time_limit_begins_no_further_cell_and_the_same_command_goes_on(monk
     assert 0 < first < 3 and f"the time limit left {3 - first} of 3 cells; the same command goes on" in err
     assert main(argv) == 0
     assert len(seen) == 3 == len(set(seen)), "every cell once"
+
+
+def test_planning_takes_none_of_the_time_limit(monkeypatch):
+    now, plan = [0.0], measure.cells
+
+    def slow(overrides):
+        now[0] += 60.0
+        return plan(overrides)
+
+    monkeypatch.setattr(measure.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(measure, "cells", slow)
+    seen = made_up(monkeypatch)
+    measure.measure(["model=linear", "length=64", "batch_size=2", *SMALL], time_limit=1.0)
+    assert len(seen) == 1
 
 
 def test_a_killed_sweep_goes_on_with_the_cell_it_died_in(monkeypatch):

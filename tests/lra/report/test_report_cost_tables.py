@@ -26,6 +26,7 @@ def find(root, title: str):
 
 
 def crossover(state: str, **facts) -> Crossover:
+    facts = {"compared": (1024, 4096, 16384, 65536)} | facts
     return Crossover("linear", "linear", "train", "step_ms", "softmax", state, **facts)
 
 
@@ -83,17 +84,20 @@ def test_csv_has_growth_and_crossovers_as_lines_of_their_own_kind(measured):
     [
         (crossover(CROSSES, length=2345.6, low=1999.9, high=3000.1), "2,350 (2,000 - 3,000)"),
         (crossover(CROSSES, length=2345.6, low=2000.0, high=3000.0, crossings=3), "2,350 (2,000 - 3,000) *"),
-        (crossover(CROSSES, low=16384.0, high=65536.0), "between 16,400 and 65,500"),
+        (crossover(CROSSES, low=16384.0, high=65536.0), "between 16,384 and 65,536"),
         (crossover("always cheaper"), "always"),
         (crossover("always cheaper", high=1200.0), "always (or from 1,200)"),
         (crossover(NEVER, until=3100.0), "only up to 3,100"),
         (crossover(NEVER, low=50_000.0), "never (or from 50,000)"),
+        (crossover(CROSSES, length=2345.6, low=1024.0, high=3000.1), "2,350 (1,024 - 3,000)"),
+        (crossover(NEVER, ended="softmax: oom"), "not up to 65,536; softmax: oom beyond"),
+        (crossover("always cheaper", compared=(1024, 4096)), "always; of 1,024 to 4,096"),
         (crossover("unknown"), "unknown"),
         (None, "-"),
     ],
 )
 def test_a_crossover_reads_as_one_phrase(found, text):
-    assert crossover_text(found) == text
+    assert crossover_text(found, ("1,024 to 65,536", "")) == text
 
 
 def test_parts_of_memory_and_shares_name_the_rates_they_are_of(tmp_path):
@@ -110,6 +114,32 @@ def test_a_cell_out_of_memory_names_the_largest_length_that_fits(tmp_path):
     write_costs(tmp_path, "linear", lambda n: 1.0 * n, oom=(65536,), extra={"largest_length": 40960})
     table, _ = find(tmp_path, "Peak memory in parts")
     assert [row["largest_length"] for row in table.rows] == ["", "", "", "40,960"]
+
+
+def test_a_search_that_ended_early_and_cells_without_parts_are_said(tmp_path):
+    found = {"largest_length": 40960, "shortest_oom_length": 65536}
+    write_costs(tmp_path, "linear", lambda n: 1.0 * n, oom=(65536,), extra=found)
+    write_costs(tmp_path, "fnet", lambda n: 1.0 * n, extra={"memory_mib": None})
+    table, _ = find(tmp_path, "Peak memory in parts")
+    assert table.rows[-1]["largest_length"] == ">= 40,960"
+    assert any(note.startswith(">=: no longer length was tried") for note in table.footnotes)
+    assert "not told here: 4 measurements whose records have no parts of memory" in table.footnotes
+
+
+def test_parts_of_a_repeated_cell_are_those_of_its_last_run(tmp_path):
+    for index, fixed in enumerate((8.0, 16.0)):
+        write_costs(tmp_path / str(index), "linear", lambda n: 1.0 * n, fixed=fixed, lengths=(1024, 4096))
+    table, _ = find(tmp_path, "Peak memory in parts")
+    assert [row["weights"] for row in table.rows] == ["4.00", "4.00"]
+
+
+def test_explicit_softmax_out_of_memory_is_not_said_of_the_mechanism(tmp_path):
+    text = dict(rule="batch", lengths=LENGTHS, batch=32)
+    write_costs(tmp_path, "softmax", lambda n: 1.0 * n, own={"kernel": "math"}, oom=(4000,), **text)
+    write_costs(tmp_path, "linformer", lambda n: 0.5 * n, **text)
+    _, rows = find(tmp_path, "Efficiency beside the LRA paper")
+    assert rows["linformer"]["speed 4000"] == "- (explicit: oom) / 5.50"
+    assert rows["softmax"]["memory 4000"] == "oom / 1.00"
 
 
 def test_the_efficiency_table_stands_beside_the_papers_ratios(tmp_path):

@@ -1,6 +1,7 @@
 """Growth and crossovers: made-up measurements whose exponents and crossings are known, and simulations."""
 
 import math
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from cost_samples import NO_SPREAD, write_costs
 
 from lra import records
 from lra.report.growth import ALWAYS, CROSSES, NEVER, UNKNOWN, Crossover, crossovers, growth, slope, where
-from lra.report.series import settings
+from lra.report.series import IQR_OF_SD, settings
 
 LENGTHS = (1024, 4096, 16384, 65536)
 
@@ -52,6 +53,67 @@ def test_the_standard_error_of_growth_covers():
         found, error = slope(x, 1.3 * x + spread * generator.standard_normal(3), np.full(3, spread))
         inside += abs(found - 1.3) <= 1.96 * error
     assert 0.94 <= inside / 2000 <= 0.995
+
+
+def test_the_error_of_growth_is_that_of_a_regression_line():
+    """y = 0, 1, 0 over x = 0, 1, 2: residual squares of 2/3, one degree of freedom, Sxx = 2."""
+    found, error = slope(np.arange(3.0), np.array([0.0, 1.0, 0.0]), np.zeros(3))
+    assert found == pytest.approx(0.0) and error == pytest.approx(math.sqrt(2 / 3 / 1 / 2))
+
+
+def test_growth_of_memory_is_not_told_where_records_have_no_parts(tmp_path):
+    write_costs(tmp_path, "linear", lambda n: 1.0 * n, extra={"memory_mib": None})
+    assert [found.what for found in growth(records.load(tmp_path))] == ["step_ms"]
+
+
+def test_cells_of_different_batches_are_not_compared(tmp_path):
+    write_costs(tmp_path, "softmax", lambda n: 1.0 * n)
+    extra = {"tokens": 131072}  # as asked for, with half the rows it makes at two lengths
+    write_costs(tmp_path, "linear", lambda n: 0.5 * n, lengths=(1024, 4096))
+    write_costs(tmp_path, "linear", lambda n: 0.5 * n, lengths=(16384,), rule="batch", batch=4, extra=extra)
+    assert one(crossovers(records.load(tmp_path)), what="step_ms").compared == (1024, 4096)
+
+
+def test_a_repeated_cell_has_the_larger_of_the_spreads_within_and_between(tmp_path):
+    for index, factor in enumerate((1.0, 1.5)):
+        root = tmp_path / str(index)
+        write_costs(root, "linear", lambda n, factor=factor: factor * n, lengths=(1024,), spread=0.02)
+    ((series,),) = settings(records.load(tmp_path)).values()
+    between = math.log(1.5) / math.sqrt(2)
+    assert series.value(1024, "step_ms") == pytest.approx((128 * 1024 * math.sqrt(1.5), between))
+    ((series,),) = settings(records.load(tmp_path / "0")).values()
+    assert series.value(1024, "step_ms")[1] == pytest.approx(0.02)
+
+
+def test_quartiles_of_a_normal_spread_give_back_its_standard_deviation():
+    assert IQR_OF_SD == pytest.approx(2 * NormalDist().inv_cdf(0.75), rel=1e-3)
+
+
+def test_only_falling_neighbours_bound_a_crossing():
+    """The chord before the gap rises: continued it is zero left of the gap, which says nothing of the gap."""
+    x = np.array([64.0, 128.0, 256.0, 512.0])
+    found = where(x, np.array([0.1, 0.2, -0.2, -0.6]), np.zeros(4))
+    assert found["low"] == pytest.approx(128 * 2**0.5) == found["high"]
+
+
+@pytest.mark.parametrize("ratios", [(2.0, 0.5, -0.1, -0.3), (2.0, 1e-3, -0.9, -1.0), (0.2, 0.3, -0.002, 0.0)])
+@pytest.mark.parametrize("spread", [0.0, 0.05])
+def test_the_interval_holds_its_point(ratios, spread):
+    found = where(np.array([64.0, 128.0, 256.0, 512.0]), np.array(ratios[:3] + (-0.4,)), np.full(4, spread))
+    assert found["low"] <= found["length"] <= found["high"]
+
+
+def test_many_lengths_within_the_spread_are_unknown_even_if_all_are_a_little_cheaper():
+    found = where(np.geomspace(64, 65536, 12), np.full(12, -1e-3), np.ones(12))
+    assert found["state"] == UNKNOWN
+
+
+def test_the_spread_counts_beside_a_gap_that_ends_out_of_memory():
+    x = np.array([64.0, 128.0, 256.0])
+    found = where(x, np.array([0.5, 0.01, -np.inf]), np.array([0.5, 0.5, 0.0]))
+    assert found["low"] < 120 and found["high"] == pytest.approx(256)
+    found = where(x, np.array([0.5, 0.4, -np.inf]), np.zeros(3))
+    assert (found["low"], found["high"]) == pytest.approx((128, 256))
 
 
 def test_a_crossing_of_two_power_laws_is_found_where_they_meet(tmp_path):
@@ -117,7 +179,8 @@ def test_softmax_out_of_memory_counts_as_dearer_in_memory_and_ends_the_range_in_
     found = crossovers(records.load(tmp_path))
     memory, step = one(found, what="peak_mem_mib"), one(found, what="step_ms")
     assert (memory.state, memory.length, memory.low, memory.high) == (CROSSES, None, 16384.0, 65536.0)
-    assert (step.state, step.compared) == (NEVER, LENGTHS[:3])
+    assert (step.state, step.compared, step.ended) == (NEVER, LENGTHS[:3], "softmax: oom")
+    assert memory.ended == ""
 
 
 def test_a_mechanism_out_of_memory_is_not_cheaper_there(tmp_path):

@@ -6,12 +6,12 @@ import os
 from pathlib import Path
 
 import pytest
-from report_samples import write_failure, write_measure, write_run, write_small
+from report_samples import CONDITIONS, write_failure, write_measure, write_run, write_small
 
 from lra import records
 from lra.errors import UserError
 from lra.report import render, tables
-from lra.report.cells import p_text, si
+from lra.report.cells import Table, number, p_text, si
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -305,6 +305,12 @@ def test_csv_has_plain_numbers_and_every_row_once(frame):
     assert float(softmax["ci95_low_percent"]) < 34.4 < float(softmax["ci95_high_percent"])
 
 
+def test_csv_has_six_digits_of_any_p_value_and_no_rounding_noise():
+    data = [{"holm_p": 1.23456789e-12, "mean": 36.4123456, "std": 3.4e-15, "none": None}]
+    text = render.render([Table(("T",), [], [], [], data)], "csv")
+    assert text.splitlines()[1] == "1.23457e-12,36.412346,0.0,"
+
+
 def test_csv_of_rows_and_pairs_is_one_file_with_a_kind_per_line(small):
     rows = list(csv.DictReader(io.StringIO(render.render(tables.build(small, pairs=True), "csv"))))
     kinds = [row["kind"] for row in rows]
@@ -352,3 +358,19 @@ def test_large_numbers_read_with_three_digits_and_a_prefix(value, text):
 )
 def test_p_values_read_with_two_digits(value, text):
     assert p_text(value) == text
+
+
+def test_a_matrix_marks_cells_of_which_a_seed_failed(tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path, "softmax", seed, 0.4)
+    write_run(tmp_path, "linear", 0, 0.4)
+    write_failure(tmp_path, "linear", 1, "diverged", "at step 9", config_hash="linear-2000", **CONDITIONS)
+    (table,) = tables.build(records.load(tmp_path), "task")
+    cells = {row["mechanism"]: row["0"] for row in table.rows}
+    assert cells["linear"].endswith("†‡") and "‡" not in cells["softmax"]
+    (note,) = [note for note in table.footnotes if note.startswith("‡")]
+    assert note.endswith("linear in ListOps 2,000: 1 diverged")
+
+
+def test_numbers_below_a_thousandth_are_not_nought():
+    assert [number(x) for x in (0.00024414, 0.001, 0.0, 2e-6)] == ["0.00024", "0.001", "0.000", "2.0e-06"]
