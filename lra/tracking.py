@@ -68,15 +68,20 @@ def check(config: TrackerConfig) -> None:
     """UserError for a tracker that is not installed, or is online without an account."""
     if config.name == "none":
         return
+    missing = Agreed(
+        "tracker=wandb needs the package wandb; install it (pip install 'lra[wandb]') or leave tracker= away"
+    )
     try:
         import wandb
-
-        wandb.init  # noqa: B018  (a folder called wandb can be imported too)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # of any type, as of a protobuf that does not fit
+        if isinstance(error, ModuleNotFoundError) and error.name == "wandb":
+            raise missing from error
         raise Agreed(
-            "tracker=wandb needs the package wandb; install it (pip install 'lra[wandb]') or leave tracker= "
-            "away"
+            f"tracker=wandb: the package wandb cannot be imported ({_told(error)}); install it anew "
+            "(pip install --force-reinstall 'lra[wandb]') or leave tracker= away"
         ) from error
+    if not hasattr(wandb, "init"):  # a folder called wandb can be imported too
+        raise missing
     if problem := _no_account(config.mode):
         raise Agreed(
             f"tracker=wandb: {problem}; run `wandb login`, set WANDB_API_KEY, or use tracker.mode=offline"
@@ -105,10 +110,7 @@ def start(config: RunConfig, record: Record, folder: Path, *, resumed: bool = Fa
     """
     if config.tracker.name == "none" or not parallel.is_first():
         return Tracker()
-    started = Wandb(config, record, folder, resumed=resumed)
-    if resumed:
-        started.replay(folder / "metrics.jsonl")
-    return started
+    return Wandb(config, record, folder, resumed=resumed)
 
 
 class Wandb(Tracker):
@@ -119,13 +121,14 @@ class Wandb(Tracker):
     """
 
     def __init__(self, config: RunConfig, record: Record, folder: Path, *, resumed: bool) -> None:
-        self.problem: str | None = None
         self.ended = False
+        self.logging = True  # until it fails
+        self.earlier = folder / "metrics.jsonl" if resumed else None  # what is not sent again yet
         self.where: dict[str, str] = {}
         self.id = _identity(folder, record, resumed)
         about = {key: value for key in ABOUT if (value := getattr(record, key)) is not None}
         about |= {"mode": record.extra["mode"]} if record.kind == "measure" else {}
-        self.run, self.mode, self.problem = _open(
+        self.run, self.mode, problem = _open(
             config.tracker,
             dir=folder,
             id=self.id,
@@ -134,29 +137,46 @@ class Wandb(Tracker):
             job_type=record.kind,
             config={**config.as_dict(), **about},
         )
-
-    def replay(self, metrics: Path) -> None:
-        """The lines of earlier tries, those that are not there yet; an offline run begins without any."""
-        with self._kept("send what was logged before to"):
-            for line in metrics.read_text().splitlines() if metrics.is_file() else ():
-                self.line(json.loads(line))
+        self.problems = [problem] if problem else []
 
     def line(self, line: dict[str, Any]) -> None:
+        self._replay(new=line)
+        self._log(line)
+
+    def _replay(self, new: dict[str, Any] | None = None) -> None:
+        """Sends the lines before the checkpoint, as an offline run begins without any.
+
+        Not before the first new line, which the file holds too: only then it is cut back to the checkpoint.
+        """
+        metrics, self.earlier = self.earlier, None
+        for line in _lines(metrics) if metrics else ():
+            if line != new:
+                self._log(line)
+
+    def _log(self, line: dict[str, Any]) -> None:
+        """A line, unless its step is on the site already; an error ends the logging, not the run."""
+        if self.run is None or not self.logging:
+            return
         row = {NAMES.get(key, key): value for key, value in line.items() if key != "step"}
-        with self._kept("log to"):
-            if self.run is not None and line["step"] >= self.run.step:
+        try:
+            if line["step"] >= self.run.step:
                 self.run.log(row, step=line["step"])
+        except Exception as error:
+            self.logging = False
+            self.problems.append(_problem("cannot log to wandb", error))
 
     def end(self, record: Record) -> Record:
         self.ended = True
+        if record.status in ("ok", "diverged"):  # of others it is not known whether they began
+            self._replay()
         found = records.strict({key: getattr(record, key) for key in records.FIELDS})
         self._finish(
             {key: value for key, value in found.items() if isinstance(value, str | int | float)},
             exit_code=0 if record.status == "ok" else FAILED,
         )
         where = {"name": "wandb", "mode": self.mode, "id": self.id, **self.where}
-        if self.problem:
-            where["problem"] = self.problem
+        if self.problems:
+            where["problem"] = "; ".join(self.problems)
         return replace(record, extra={**(record.extra or {}), "tracker": where})
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -169,19 +189,37 @@ class Wandb(Tracker):
         )
 
     def _finish(self, summary: dict[str, Any], *, exit_code: int) -> None:
-        with self._kept("finish in"):
-            if self.run is not None:
-                self.where = _where(self.run, self.mode)
-                self.run.summary.update(summary)
-                self.run.finish(exit_code=exit_code)
+        if self.run is None:
+            return
+        with _kept("find the run in", self.problems):
+            self.where = _where(self.run, self.mode)
+        _finish(self.run, summary, exit_code, self.problems)
 
-    @contextlib.contextmanager
-    def _kept(self, doing: str) -> Iterator[None]:
-        """An error inside ends the tracking, not the run."""
-        try:
-            yield
-        except Exception as error:
-            self.run, self.problem = None, _problem(f"cannot {doing} wandb", error)
+
+def _lines(metrics: Path) -> Iterator[dict[str, Any]]:
+    """The lines of metrics.jsonl but those that were not written whole."""
+    text = metrics.read_text(encoding="utf-8", errors="replace") if metrics.is_file() else ""
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            if isinstance(read := json.loads(line), dict) and "step" in read:
+                yield read
+
+
+def _finish(run: Any, summary: dict[str, Any], exit_code: int, problems: list[str]) -> None:
+    """Ends a run of wandb; left open, it would end with the process, as one that succeeded."""
+    with _kept("sum up in", problems):
+        run.summary.update(summary)
+    with _kept("finish in", problems):
+        run.finish(exit_code=exit_code)
+
+
+@contextlib.contextmanager
+def _kept(doing: str, problems: list[str]) -> Iterator[None]:
+    """An error inside is a problem to tell of, and stops nothing."""
+    try:
+        yield
+    except Exception as error:
+        problems.append(_problem(f"cannot {doing} wandb", error))
 
 
 def _mode(asked: str) -> str:
@@ -245,9 +283,13 @@ def _open(tracker: TrackerConfig, **what: Any) -> tuple[Any, str, str | None]:
 
 
 def _problem(what: str, error: Exception) -> str:
-    text = f"{what}: {one_line(f'{type(error).__name__}: {error}')}"
+    text = f"{what}: {_told(error)}"
     log.warning("tracker: %s", text)
     return text
+
+
+def _told(error: Exception) -> str:
+    return one_line(f"{type(error).__name__}: {error}")
 
 
 def _where(run: Any, mode: str) -> dict[str, str]:
@@ -260,7 +302,9 @@ def _where(run: Any, mode: str) -> dict[str, str]:
 # A sweep: a run of its own in its group, with the table of its runs and their figures.
 
 
-def end_sweep(config: TrackerConfig, sweep: str, ended: Iterable[Record]) -> None:
+def end_sweep(
+    config: TrackerConfig, sweep: str, ended: Iterable[Record], *, interrupted: bool = False
+) -> None:
     """Shows a sweep that has ended: counts, a table with a row per run, and figures."""
     ended = list(ended)
     if config.name == "none" or not ended:
@@ -278,23 +322,26 @@ def end_sweep(config: TrackerConfig, sweep: str, ended: Iterable[Record]) -> Non
     )
     if run is None:
         return
-    try:
-        import wandb
+    problems: list[str] = []
+    with _kept(f"show {sweep} in", problems):
+        _show(run, ended, with_figures=config.figures and not interrupted)
+    counts = {status: sum(record.status == status for record in ended) for status in records.STATUSES}
+    code = INTERRUPTED if interrupted else FAILED if problems else 0
+    _finish(run, {"num_runs": len(ended), **counts}, code, problems)
 
-        rows = [[records.strict(getattr(record, name)) for name in COLUMNS] for record in ended]
-        shown: dict[str, Any] = {"runs": wandb.Table(columns=list(COLUMNS), data=rows)}
-        with tempfile.TemporaryDirectory() as scratch:
-            if config.figures:
-                folders = [root / record.run_id for record in ended]
-                kept = [folder for folder in folders if (folder / records.RECORD).is_file()]
-                for name, path in _figures(records.load(kept), Path(scratch)) if kept else ():
-                    shown[f"figures/{name}"] = wandb.Image(str(path))
-            run.log(shown)
-            counts = {status: sum(r.status == status for r in ended) for status in records.STATUSES}
-            run.summary.update({"num_runs": len(ended), **counts})
-            run.finish(exit_code=0)
-    except Exception as error:
-        _problem(f"cannot show {sweep} in wandb", error)
+
+def _show(run: Any, ended: list[Record], *, with_figures: bool) -> None:
+    import wandb
+
+    root = records.runs_root()
+    rows = [[records.strict(getattr(record, name)) for name in COLUMNS] for record in ended]
+    shown: dict[str, Any] = {"runs": wandb.Table(columns=list(COLUMNS), data=rows)}
+    folders = [root / record.run_id for record in ended]
+    kept = [folder for folder in folders if (folder / records.RECORD).is_file()]
+    with tempfile.TemporaryDirectory() as scratch:  # whose files are read when they are logged
+        for name, path in _figures(records.load(kept), Path(scratch)) if with_figures and kept else ():
+            shown[f"figures/{name}"] = wandb.Image(str(path))
+        run.log(shown)
 
 
 def _figures(frame: "pd.DataFrame", folder: Path) -> Iterator[tuple[str, Path]]:

@@ -42,6 +42,11 @@ def train(overrides: Sequence[str], *, multirun: bool = False, force: bool = Fal
                 f"train.device={config.train.device} in a sweep, which gives every GPU its own process; "
                 "choose GPUs with CUDA_VISIBLE_DEVICES"
             )
+    if any(config.tracker != configs[0].tracker for config in configs):
+        raise UserError(
+            "the sweep varies a setting of the tracker, which is no part of what a run is; give tracker= and "
+            "each tracker. setting one value"
+        )
     labels = {"command": environment.command()}
     if multirun:
         labels["sweep"] = f"sweep-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -94,14 +99,27 @@ def _run_sweep(configs: list[RunConfig], *, force: bool, labels: dict[str, Any])
     if finished:
         console.print(f"{len(finished)} of {len(order)} runs are done already", highlight=False)
     if jobs:
-        with Display(jobs, console=console) as display:
-            made = run_all(jobs, on_event=display)
-        finished |= {record.run_id: record for record in made}
-    ended = [finished[run_id] for run_id in order if run_id in finished]
-    if jobs:
-        tracking.end_sweep(configs[0].tracker, labels["sweep"], ended)
-        _tell(console, made, labels["sweep"])
-    return ended
+        made: list[Record] = []
+        complete = False
+        try:
+            with Display(jobs, console=console) as display:
+                run_all(jobs, on_event=lambda event: _hear(event, display, made))
+            complete = True
+        finally:  # also of a sweep that was stopped, with what has ended
+            finished |= {record.run_id: record for record in made}
+            ended = [finished[run_id] for run_id in order if run_id in finished]
+            if made:
+                tracking.end_sweep(configs[0].tracker, labels["sweep"], ended, interrupted=not complete)
+            _tell(console, made, labels["sweep"])
+        return ended
+    return [finished[run_id] for run_id in order]
+
+
+def _hear(event: dict[str, Any], display: Display, made: list[Record]) -> None:
+    """Shows an event, and keeps the record of a run that has ended."""
+    if event["kind"] == "end":
+        made.append(event["record"])
+    display(event)
 
 
 def _tell(console: Console, made: list[Record], sweep: str | None = None) -> None:

@@ -1,10 +1,12 @@
 """What every figure shares: its look, where it may be written, how it is saved, and how a page embeds it."""
 
 import io
+import math
 import os
 import re
 import textwrap
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +31,7 @@ LOOK = {
     "axes.labelcolor": INK,
     "xtick.color": INK,
     "ytick.color": INK,
+    "text.parse_math": False,  # a `$` in a name is a dollar sign
     "text.hinting": "no_hinting",  # a text is as wide in the file as it was when its place was chosen
     "svg.hashsalt": "lra",  # the same records give the same file
 }
@@ -57,22 +60,22 @@ def new(width: float, height: float) -> "Figure":
     return figure
 
 
-def text_size(figure: "Figure", text: str, size: float) -> tuple[float, float]:
+def text_size(figure: "Figure", text: str, size: float, weight: str = "normal") -> tuple[float, float]:
     """Width and height in pixels of a text of `size` points."""
-    artist = figure.text(0, 0, text, fontsize=size)
+    artist = figure.text(0, 0, text, fontsize=size, fontweight=weight)
     box = artist.get_window_extent(figure.canvas.get_renderer())
     artist.remove()
     return box.width, box.height
 
 
-def fit(parts: Sequence[str], width: float, size: float = SMALL) -> list[str]:
+def fit(parts: Sequence[str], width: float, size: float = SMALL, weight: str = "normal") -> list[str]:
     """Parts side by side on as few lines of `width` inches as hold them; only a part longer than a line is
-    broken, between its words.
+    broken, between its words, and only a word longer than a line within.
     """
     ruler = new(1, 1)
 
     def fits(text: str) -> bool:
-        return text_size(ruler, text, size)[0] / ruler.dpi <= width
+        return text_size(ruler, text, size, weight)[0] / ruler.dpi <= width
 
     lines: list[str] = []
     for part in parts:
@@ -80,17 +83,41 @@ def fit(parts: Sequence[str], width: float, size: float = SMALL) -> list[str]:
             longer = f"{lines[-1]}{' ' if index else '   '}{word}" if lines else word
             if lines and fits(longer):
                 lines[-1] = longer
-            else:
-                lines.append(word)
+                continue
+            while len(word) > 1 and not fits(word):
+                held = next(n for n in range(len(word) - 1, 0, -1) if n == 1 or fits(word[:n]))
+                lines.append(word[:held])
+                word = word[held:]
+            lines.append(word)
     return lines
 
 
-def heading(axes: "Axes", title: str, lines: Sequence[str] = ()) -> None:
+@dataclass(frozen=True)
+class Heading:
     """A bold title over a panel, and under it in small lines what else has to be known."""
-    step = SMALL * 1.35
-    axes.set_title(title, loc="left", fontsize=TITLE, fontweight="bold", color=INK, pad=9 + step * len(lines))
-    for index, line in enumerate(reversed(lines)):
-        place = (0, 6 + step * index)
+
+    title: list[str]
+    rest: list[str]
+
+    @classmethod
+    def of(cls, title: str, rest: Sequence[str], width: float) -> "Heading":
+        """Broken into lines of at most `width` inches."""
+        return cls(fit([title], width, TITLE, "bold"), fit(rest, width))
+
+    @property
+    def height(self) -> float:
+        """Inches above the panel."""
+        return (9 + REST_STEP * len(self.rest) + 1.2 * TITLE * len(self.title)) / 72 + 0.08
+
+
+REST_STEP = SMALL * 1.35  # points from one small line of a heading to the next
+
+
+def write_heading(axes: "Axes", heading: Heading) -> None:
+    text, pad = "\n".join(heading.title), 9 + REST_STEP * len(heading.rest)
+    axes.set_title(text, loc="left", fontsize=TITLE, fontweight="bold", color=INK, pad=pad)
+    for index, line in enumerate(reversed(heading.rest)):
+        place = (0, 6 + REST_STEP * index)
         axes.annotate(
             line, (0, 1), place, "axes fraction", textcoords="offset points", fontsize=SMALL, color=NOTE
         )
@@ -100,6 +127,13 @@ def note_lines(width: float, notes: Sequence[str]) -> list[str]:
     """The notes below a figure `width` inches wide, as lines that fit."""
     limit = int((width - 0.3) * 72 / (0.53 * NOTE_SIZE))
     return [line for note in notes for line in textwrap.wrap(note, limit)]
+
+
+def some(names: Iterable[str], count: int = 4) -> str:
+    """`a, b and 12 more`: the first names of a list, each once."""
+    names = list(dict.fromkeys(names))
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
 
 
 def write_notes(figure: "Figure", lines: Sequence[str]) -> None:
@@ -112,10 +146,60 @@ def write_notes(figure: "Figure", lines: Sequence[str]) -> None:
 
 def tick(value: float) -> str:
     """A number on an axis: `500`, `2k`, `0.2`."""
-    for scale, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for scale, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= scale:
             return f"{value / scale:g}{prefix}"
     return f"{value:g}"
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Round numbers for a log axis, the roundest of which three lie between its ends."""
+    found: list[float] = []
+    for digits in LOG_DIGITS:
+        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        found = [d * 10.0**power for power in powers for d in digits if low <= d * 10.0**power <= high]
+        if len(found) >= 3:
+            return found
+    return found
+
+
+LOG_DIGITS = (
+    (1,),
+    (1, 2, 5),
+    (1, 1.5, 2, 3, 5, 7),
+    (1, 1.2, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 5.5, 6, 7, 8, 9),
+)
+
+
+def short_labels(labels: Iterable[str]) -> dict[str, str]:
+    """Labels of tables as figures have room for them: without the number of parameters and the hash of the
+    configuration, and of at most `LABEL` characters, wherever the rest tells a label from all others.
+    """
+    labels = list(dict.fromkeys(labels))
+    found: dict[str, str] = {}
+    for shorten in (lambda label: _HASH.sub("", _without_params(label)), _without_params, str):
+        waiting = [label for label in labels if label not in found]
+        texts = {label: shorten(label) for label in waiting}
+        uses = Counter([*texts.values(), *found.values()])
+        found |= {label: text for label, text in texts.items() if uses[text] == 1}
+    cut = {label: _cut(found.get(label, label)) for label in labels}
+    uses = Counter(cut.values())
+    return {label: cut[label] if uses[cut[label]] == 1 else found.get(label, label) for label in labels}
+
+
+_HASH = re.compile(r" \[[0-9a-f]{6}\]$")
+
+
+LABEL = 44  # characters
+
+
+def _cut(label: str) -> str:
+    return label if len(label) <= LABEL else f"{label[: LABEL - 16]}…{label[-15:]}"
+
+
+def _without_params(label: str) -> str:
+    label = re.sub(r" \(num_params=\d+\)", "", label)
+    return re.sub(r"(, num_params=\d+(?=[,)])|num_params=\d+, )", "", label)
 
 
 def check_path(path: Path) -> None:

@@ -25,6 +25,7 @@ def draw(kind: str, frame: "pd.DataFrame", models: Sequence[str] | None = None) 
     from matplotlib import rc_context
 
     from lra.report import plot_accuracy, plot_cost, plot_heat, plots
+    from lra.report.style import styles
 
     if kind not in KINDS:
         raise unknown("figure", kind, KINDS)
@@ -33,13 +34,14 @@ def draw(kind: str, frame: "pd.DataFrame", models: Sequence[str] | None = None) 
             f"--models chooses which lines are in colour, and figure '{kind}' has none; leave it out, "
             f"or draw {', '.join(OF_LINES)}"
         )
+    looks = styles(str(name) for name in frame["model"].dropna())  # one look in all figures of a frame
     with rc_context(LOOK):
         if kind == "speed":
-            return plots.accuracy_speed(frame)
+            return plots.accuracy_speed(frame, looks)
         if kind == "heat":
             return plot_heat.heat(frame)
         lines = {"cost": plot_cost.cost, "curves": plot_accuracy.curves, "lengths": plot_accuracy.lengths}
-        return lines[kind](frame, models)
+        return lines[kind](frame, looks, models)
 
 
 def write(

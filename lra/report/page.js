@@ -109,8 +109,16 @@ all("table.runs").forEach((table) => table.addEventListener("click", (event) => 
   if (details.open) event.preventDefault();
   show(details, !details.open);
 }));
+function address() {
+  const text = location.hash.slice(1);
+  try {
+    return decodeURIComponent(text);
+  } catch { // a % that begins no character
+    return text;
+  }
+}
 function follow() {
-  const target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
+  const target = document.getElementById(address());
   if (!target?.matches("details.run")) return;
   if (target.closest("tbody").hidden) form.reset();
   filter();

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 TITLE = "Long Range Arena: what was run"
 ENDINGS = re.compile(r"\b(diverged|failed|interrupted|unsupported|oom|out of memory)\b")
 DATE = re.compile(r"(\d{4})-?(\d\d)-?(\d\d)")
+REPEATED = re.compile(r"more than 10 % more parameters|rows of different settings stand together")
 SHOWN = 5  # warnings or failures of one kind that stand open
 
 FIGURES = "Numbers behind the figures stand in the tables; learning curves are those of each run's metrics."
@@ -82,11 +83,22 @@ def _cautions(made: list[Table], table_ids: list[str], runs: list[dict], run_ids
     for number, (table, table_id) in enumerate(zip(made, table_ids, strict=True), start=1):
         for warning in table.warnings:
             found.setdefault(warning, []).append(f'<a href="#{table_id}">{number}</a>')
-    items = [
-        f"{escape(text)} <span>(table{'s' * (len(where) > 1)} {', '.join(where)})</span>"
-        for text, where in found.items()
-    ]
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for text, where in found.items():
+        kind = REPEATED.search(text)
+        alike.setdefault((kind[0] if kind else text, *where), []).append(text)
+    items = [_caution(kind, texts, where) for (kind, *where), texts in alike.items()]
     return _box("Before you compare", items) + _box("Runs that did not end well", _failures(runs, run_ids))
+
+
+def _caution(kind: str, texts: list[str], where: list[str]) -> str:
+    """A warning with links to its tables; several of one kind about the same tables as one that opens."""
+    tables_named = f"<span>(table{'s' * (len(where) > 1)} {', '.join(where)})</span>"
+    if len(texts) == 1:
+        return f"{escape(texts[0])} {tables_named}"
+    inside = "".join(f"<li>{escape(text)}</li>" for text in texts)
+    title = f"{escape(kind)}: {len(texts)} warnings"
+    return f"<details><summary>{title} {tables_named}</summary><ul>{inside}</ul></details>"
 
 
 def _failures(runs: list[dict], run_ids: list[str]) -> list[str]:
@@ -169,14 +181,15 @@ def _contents(
         f'<a href="#{one}">{escape(", ".join(table.title[:2]))}</a>'
         for table, one in zip(made, table_ids, strict=True)
     ]
+    titled = [f"{named.title}{which}" for named, which in zip(figures, _which(figures), strict=True)]
     of_figures = [
-        f'<a href="#{one}">{escape(named.title)}</a>' for named, one in zip(figures, figure_ids, strict=True)
+        f'<a href="#{one}">{escape(title)}</a>' for title, one in zip(titled, figure_ids, strict=True)
     ]
-    lists = [("tables", of_tables), ("figures", of_figures)]
+    lists = [("table", of_tables), ("figure", of_figures)]
     parts = []
     for what, links in lists:
         items = "".join(f"<li>{link}</li>" for link in links)
-        title = f"{len(links)} {what}"
+        title = f"{len(links)} {what}{'s' * (len(links) != 1)}"
         parts += [f"<details><summary>{title}</summary><ol>{items}</ol></details>"] if links else []
     return f'<nav aria-label="Contents">{"".join(parts)}<a href="#runs">Runs</a></nav>'
 
@@ -224,9 +237,9 @@ def _figures(figures: "Sequence[NamedFigure]", figure_ids: list[str]) -> str:
     from lra.report.figures import KINDS
 
     parts = []
-    for named, one in zip(figures, figure_ids, strict=True):
-        svg = as_svg(named.figure, f"{one}-svg", title=named.title)
-        caption = _caption(named.title, KINDS.get(named.name.partition("-")[0], ""))
+    for named, which, one in zip(figures, _which(figures), figure_ids, strict=True):
+        svg = as_svg(named.figure, f"{one}-svg", title=f"{named.title}{which}")
+        caption = _caption(named.title, KINDS.get(named.name.partition("-")[0], ""), which)
         parts.append(
             f'<figure id="{one}">\n<div class="plate" tabindex="0">{svg}</div>\n'
             f"<figcaption>{caption}</figcaption>\n</figure>"
@@ -236,11 +249,32 @@ def _figures(figures: "Sequence[NamedFigure]", figure_ids: list[str]) -> str:
     )
 
 
-def _caption(title: str, about: str) -> str:
-    """The title of a figure and what else its kind says, once."""
+def _which(figures: "Sequence[NamedFigure]") -> list[str]:
+    """What to add to each title: the tasks of figures that share one, and a number if they do not do."""
+    shared = Counter(named.title for named in figures)
+    added = [_tasks(named) if shared[named.title] > 1 else "" for named in figures]
+    same = Counter(zip((named.title for named in figures), added, strict=True))
+    seen: Counter[tuple[str, str]] = Counter()
+    found = []
+    for named, tasks in zip(figures, added, strict=True):
+        both = (named.title, tasks)
+        seen[both] += 1
+        found.append(tasks + (f" ({seen[both]} of {same[both]})" if same[both] > 1 else ""))
+    return found
+
+
+def _tasks(named: "NamedFigure") -> str:
+    """`, ListOps, Text`: the tasks that the titles of a figure's panels name."""
+    heads = [axes.get_title(loc) for axes in named.figure.axes for loc in ("left", "center", "right")]
+    heads += [text.get_text() for text in named.figure.texts]
+    return "".join(f", {name}" for name in TASK_TITLES.values() if any(name in head for head in heads))
+
+
+def _caption(title: str, about: str, which: str = "") -> str:
+    """The title of a figure and what else its kind says, once; `which` tells it from others of its kind."""
     head, _, rest = about.partition(", ")
     if about.lower().startswith(title.lower()):
         title, rest = title + about[len(title) :], ""
     elif not title.lower().startswith(head.lower()):
         rest = about
-    return f"<b>{escape(title)}</b>" + (f": {escape(rest)}" if rest else "")
+    return f"<b>{escape(title)}</b>{escape(which)}" + (f": {escape(rest)}" if rest else "")

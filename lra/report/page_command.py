@@ -25,11 +25,11 @@ def repeat(run: dict, config: str | None = None) -> tuple[str, str]:
     typed = run["command"]
     if not isinstance(typed, str) or len(typed.split()) < 2:
         return "", ""
-    verb, combinations = _combinations(typed)
+    verb, combinations, varied = _combinations(typed)
     if verb is None:
         return typed, "as it was typed; it may have made other runs too"
     known = _known(run, config)
-    fitting = [one for one in combinations if _fits(one, known, varied=_varied(combinations))]
+    fitting = [one for one in combinations if _fits(one, known, varied)]
     if len(fitting) != 1:
         return typed, WHOLE
     given = dict(fitting[0])
@@ -49,24 +49,27 @@ def config_of(run: dict) -> str | None:
 
 
 @cache
-def _combinations(typed: str) -> tuple[str | None, list[dict[str, str]]]:
-    """The verb and the overrides of each run of a command line; no verb where it reads as something else."""
+def _combinations(typed: str) -> tuple[str | None, list[dict[str, str]], set[str]]:
+    """The verb, the overrides of each run of a command line, and the keys in which they differ; no verb where
+    it reads as something else.
+    """
     from lra.config import expand
     from lra.measure import spelt_out
 
+    nothing: tuple[None, list[dict[str, str]], set[str]] = (None, [], set())
     try:
         program, verb, *words = shlex.split(typed)
     except ValueError:
-        return None, []
+        return nothing
     overrides = [word for word in words if "=" in word and not word.startswith("-")]
     if program != "lra" or verb not in ("train", "measure"):
-        return None, []
+        return nothing
     try:
         sets = spelt_out(overrides) if verb == "measure" else [overrides]
         found = [dict(o.split("=", 1) for o in one) for each in sets for one in expand(each)]
     except UserError:  # a command of another version
-        return None, []
-    return verb, found
+        return nothing
+    return verb, found, _varied(found)
 
 
 def _varied(combinations: list[dict[str, str]]) -> set[str]:
@@ -101,7 +104,13 @@ def _fits(given: dict[str, str], known: dict[str, Any], varied: set[str]) -> boo
 def _same(text: str | None, wanted: Any, default: Any) -> bool:
     if text is None:  # not given in this set of a preset
         return wanted == default
-    return text == str(wanted) or _yaml(text) == wanted
+    return text == str(wanted) or _value(text) == wanted
+
+
+@cache
+def _value(text: str) -> Any:
+    """What an override's text gives."""
+    return _yaml(text)
 
 
 def _yaml(text: str) -> Any:

@@ -11,9 +11,10 @@ import numpy as np
 from lra.errors import UserError
 from lra.report import groups as grouping
 from lra.report import stats
-from lra.report.figure import NamedFigure, NoMaterial, tick
+from lra.report.figure import NamedFigure, NoMaterial, some, tick
 from lra.report.groups import FLOORS, Group, Row
 from lra.report.plot_lines import Line, Panel, draw, known, light
+from lra.report.style import Style
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,7 +27,9 @@ BEST = 6  # mechanisms in colour where there are many, with softmax, linear and 
 GREY_NOTE = "Grey: the other mechanisms; --models a,b,c chooses which are in colour."
 
 
-def curves(frame: "pd.DataFrame", models: Sequence[str] | None = None) -> list[NamedFigure]:
+def curves(
+    frame: "pd.DataFrame", looks: dict[str, Style], models: Sequence[str] | None = None
+) -> list[NamedFigure]:
     """Training loss and validation accuracy by step; the mean over seeds and a band from lowest to highest.
 
     What a run logged lies in its folder and not in its record: UserError if none of the folders is here.
@@ -34,6 +37,7 @@ def curves(frame: "pd.DataFrame", models: Sequence[str] | None = None) -> list[N
     known(frame, models)
     sets = []
     missing: list[str] = []
+    short: list[str] = []  # curves of a single point
     for group in grouping.train_groups(frame, ties=False):
         logs = {}
         for row in group.rows:
@@ -43,7 +47,7 @@ def curves(frame: "pd.DataFrame", models: Sequence[str] | None = None) -> list[N
                     missing.append(run["path"])
                 elif log is not None:
                     logs[id(run)] = log
-        kinds = [_curve_panel(group, logs, *kind) for kind in CURVES]
+        kinds = [_curve_panel(group, logs, short, *kind) for kind in CURVES]
         kinds = [panel for panel in kinds if panel.lines]
         if kinds:
             light([line for panel in kinds for line in panel.lines], lambda g=group: _best(g), models)
@@ -53,6 +57,11 @@ def curves(frame: "pd.DataFrame", models: Sequence[str] | None = None) -> list[N
             f"no learning curves: {_count(missing)} without '{METRICS}', the first is '{missing[0]}'; "
             "committed records leave it out: name the folders of the runs, which `lra train` writes "
             "under $LRA_RUNS"
+        )
+    if not sets and short:
+        raise NoMaterial(
+            "no learning curves: every run here logged a single point, and a curve takes two; "
+            "train for more steps, or evaluate more often: train.eval_every=100"
         )
     if not sets:
         raise NoMaterial(
@@ -67,11 +76,13 @@ def curves(frame: "pd.DataFrame", models: Sequence[str] | None = None) -> list[N
             notes.append("Lines: mean over seeds; bands: from the lowest to the highest seed.")
         if missing:
             notes.append(f"Not drawn: {_count(missing)} without '{METRICS}'.")
+        if short:
+            notes.append(f"Not drawn, a single point each: {some(short)}.")
         if any(line.ended for panel in panels for line in panel.lines):
             notes.append("Crosses: no run of this mechanism ended well; its status stands behind the name.")
         if not all(line.lit for panel in panels for line in panel.lines):
             notes.append(GREY_NOTE)
-        figures.append(_named("curves", "Learning curves", figures, draw(panels, notes)))
+        figures.append(_named("curves", "Learning curves", figures, draw(panels, looks, notes)))
     return figures
 
 
@@ -108,12 +119,18 @@ def _log(path: str) -> dict[str, dict[int, float]] | None:
     return found
 
 
-def _curve_panel(group: Group, logs: dict, key: str, ylabel: str, scale: float) -> Panel:
+def _curve_panel(group: Group, logs: dict, short: list[str], key: str, ylabel: str, scale: float) -> Panel:
+    """Runs and lines of fewer than two points show nothing: they are left out and added to `short`."""
     lines = []
+    what = ylabel.split(",")[0]
     for row in group.rows:
-        runs = [logs[id(run)][key] for run in row.ok or row.runs if logs.get(id(run), {}).get(key)]
-        if runs:
-            lines.append(_curve(row, runs, scale))
+        logged = [logs[id(run)][key] for run in row.ok or row.runs if logs.get(id(run), {}).get(key)]
+        runs = [log for log in logged if len(log) > 1]
+        line = _curve(row, runs, scale) if runs else None
+        if line is not None and len(line.x) > 1:
+            lines.append(line)
+        if len(runs) < len(logged) or (line is not None and len(line.x) < 2):
+            short.append(f"{what} of {row.label}")
     _number_variants(lines)
     title, *rest = group.title()
     rest = [part for part in rest if not part.startswith("majority")]
@@ -176,7 +193,9 @@ def _best(group: Group) -> set[str]:
     return {row.label for row in ranked[:BEST] + usual}
 
 
-def lengths(frame: "pd.DataFrame", models: Sequence[str] | None = None) -> list[NamedFigure]:
+def lengths(
+    frame: "pd.DataFrame", looks: dict[str, Style], models: Sequence[str] | None = None
+) -> list[NamedFigure]:
     """Test accuracy for each quarter of the test examples by real length, with its interval."""
     known(frame, models)
     panels = []
@@ -203,7 +222,7 @@ def lengths(frame: "pd.DataFrame", models: Sequence[str] | None = None) -> list[
         if not all(line.lit for panel in some for line in panel.lines):
             notes.append(GREY_NOTE)
         figures.append(
-            _named("lengths", "Accuracy by length of the test examples", figures, draw(some, notes))
+            _named("lengths", "Accuracy by length of the test examples", figures, draw(some, looks, notes))
         )
     return figures
 

@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from lra.report import groups as grouping
-from lra.report.figure import NamedFigure, NoMaterial, tick
-from lra.report.groups import Group, Row, extra_of
+from lra.report import measurements
+from lra.report.figure import NamedFigure, NoMaterial, log_ticks, tick
+from lra.report.groups import Group, Row
 from lra.report.growth import ALWAYS, CROSSES, NEVER, WHATS, Crossover, crossovers
 from lra.report.plot_lines import Line, Panel, draw, known, light
 from lra.report.series import FACTS, Series, Setting, settings
-from lra.report.style import FAMILIES, family
+from lra.report.style import FAMILIES, Style, family
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
 AGAINST = "softmax"
 
 
-def cost(frame: "pd.DataFrame", models: Sequence[str] | None = None) -> list[NamedFigure]:
+def cost(
+    frame: "pd.DataFrame", looks: dict[str, Style], models: Sequence[str] | None = None
+) -> list[NamedFigure]:
     """One figure for each set of conditions, sizes and batch rule: time and memory, training, inference."""
     known(frame, models)
     found = {
@@ -40,7 +43,7 @@ def cost(frame: "pd.DataFrame", models: Sequence[str] | None = None) -> list[Nam
         panels = _panels(setting, members, own, models)
         name = "cost" if index == 1 else f"cost-{index}"
         title = f"Time and memory against length, {setting.batch_text}"
-        figures.append(NamedFigure(name, title, draw(panels, _notes(panels))))
+        figures.append(NamedFigure(name, title, draw(panels, looks, _notes(panels))))
     return figures
 
 
@@ -81,12 +84,10 @@ def _fused(one: Series) -> bool:
 def _conditions(setting: Setting, members: list[Series]) -> list[str]:
     """Recipe, sizes, device and how the steps were run, as the tables say them."""
     runs = [run for one in members for cell in one.cells.values() for run in cell]
-    facts = dict(zip(FACTS, setting.facts, strict=False)) | {"length": None, "layout": None}
+    facts = dict(zip(FACTS, setting.facts, strict=True)) | {"length": None, "layout": None}
     layouts = grouping.distinct(run["layout"] for run in runs)
     facts["layout"] = layouts[0] if len(layouts) == 1 else None
-    parts = grouping.measure_title(Group(facts, [Row("", "", runs)]), "")[1:]
-    compiled = {bool(extra_of(run, "compiled")) for run in runs if run["status"] == "ok"}
-    return [*parts, "compiled"] if compiled == {True} else list(parts)
+    return list(measurements.measure_title(Group(facts, [Row("", "", runs)]), "")[1:])
 
 
 def _value(one: Series, length: int, what: str) -> float | None:
@@ -168,7 +169,7 @@ def _dress(lines: list[Line]) -> Callable[["Axes"], None]:
     lengths = sorted({x for line in lines for x in line.x})
 
     def dress(axes: "Axes") -> None:
-        from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+        from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
         axes.set(xscale="log", yscale="log")
         axes.set_xlim(lengths[0] / 1.12, lengths[-1] * 1.12)
@@ -177,9 +178,7 @@ def _dress(lines: list[Line]) -> Callable[["Axes"], None]:
         axes.xaxis.set_major_locator(FixedLocator(_apart(lengths)))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _length(value)))
-        axes.yaxis.set_major_locator(
-            LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 300 else (1.0,), numticks=99)
-        )
+        axes.yaxis.set_major_locator(FixedLocator(log_ticks(low / 1.3, high * 1.3)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
         axes.yaxis.set_minor_formatter(NullFormatter())
 

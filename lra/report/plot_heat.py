@@ -18,6 +18,7 @@ from lra.report.figure import (
     fit,
     new,
     note_lines,
+    short_labels,
     text_size,
     write_notes,
 )
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 MAP = "cividis"  # from dark to light without a turn: survives grey printing, and all colour deficiencies
 CELL = (1.12, 0.25)  # inches
 TALL = 0.36  # inches, a row where some cell has a published number below its own
-LEAST_WIDTH = 4.6  # inches
+LEAST_WIDTH, SCALE = 4.6, 1.6  # inches, of the figure and of the strip that explains the colours
 NAMES = 8.5  # points
 
 
@@ -118,8 +119,9 @@ def _draw(bundle: list[Group]) -> "Figure":
     ]
     edges = [sum(heights[:index]) for index in range(len(rows) + 1)]  # inches below the first row's top
     ruler = new(1, 1)
-    left = 0.3 + max(text_size(ruler, label, NAMES)[0] for label, _ in rows) / ruler.dpi
-    width = max(left + CELL[0] * len(bundle) + 0.25, LEAST_WIDTH)
+    shown = short_labels(label for label, _ in rows)
+    left = 0.3 + max(text_size(ruler, label, NAMES)[0] for label in shown.values()) / ruler.dpi
+    width = max(left + CELL[0] * len(bundle) + 0.25, left + SCALE + 0.6, LEAST_WIDTH)
     rest = fit([part for part in bundle[0].title()[1:] if not part.startswith("majority")], width - 0.3)
     notes = note_lines(width, _notes(columns, with_paper))
     foot = 0.12 + LINE_HEIGHT * len(notes) + 0.62
@@ -147,7 +149,7 @@ def _draw(bundle: list[Group]) -> "Figure":
                 _write(axes, x + 0.5, edges[y], heights[y], cell, _readable(face))
     axes.set_xticks([x + 0.5 for x in range(len(bundle))], headings, fontsize=8, linespacing=1.15)
     middles = [edge + height / 2 for edge, height in zip(edges, heights, strict=False)]
-    axes.set_yticks(middles, [label for label, _ in rows], fontsize=NAMES)
+    axes.set_yticks(middles, [shown[label] for label, _ in rows], fontsize=NAMES)
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
@@ -184,7 +186,7 @@ def _scale(figure: "Figure", left: float, foot: float, colours: object) -> None:
 
     width, height = figure.get_size_inches()
     bottom = foot - 0.40
-    axes = figure.add_axes((left / width, bottom / height, 1.6 / width, 0.13 / height))
+    axes = figure.add_axes((left / width, bottom / height, SCALE / width, 0.13 / height))
     axes.imshow(np.linspace(0, 1, 128)[None], aspect="auto", cmap=colours, extent=(0, 1, 0, 1))
     axes.set_yticks([])
     axes.set_xticks([0, 1], ["majority class", "best of the task"], fontsize=7.5)

@@ -14,7 +14,7 @@ from lra.errors import unknown
 from lra.report import figure as pages
 from lra.report.figure import FAINT, GRID, INK
 from lra.report.labels import stack
-from lra.report.style import Style, styles
+from lra.report.style import FAILURE, Style
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,9 +26,9 @@ NAME_SIZE = 8  # points
 ROW = 0.16  # inches from one name to the next
 LEADER, SWATCH = 0.22, 0.24  # inches from the panel to the swatch of a name, and from there to its text
 PLOT_WIDTH, PLOT_HEIGHT = 3.9, 3.3  # inches, of one panel's axes
-LEFT, TOP, BOTTOM = 0.72, 0.46, 0.62  # inches around one panel's axes
+LEFT, BOTTOM = 0.72, 0.62  # inches beside and below one panel's axes
+APART = 0.3  # inches between what stands over or beside one panel and the next
 GREY = "#B8B8B8"
-ENDS = {"oom": "X", "diverged": "X", "failed": "X", "interrupted": "|", "unsupported": "X"}
 
 
 @dataclass
@@ -87,8 +87,13 @@ def light(lines: Iterable[Line], telling: Callable[[], set[str]], models: Sequen
             line.lit = line.label in labels
 
 
-def draw(panels: Sequence[Panel], notes: Sequence[str], *, columns: int = 2) -> "Figure":
+def draw(
+    panels: Sequence[Panel], looks: dict[str, Style], notes: Sequence[str], *, columns: int = 2
+) -> "Figure":
     """A figure of panels in rows of `columns`; as wide as the names need and as high as they stack."""
+    labels = pages.short_labels(line.label for panel in panels for line in panel.lines)
+    for line in (line for panel in panels for line in panel.lines):
+        line.label = labels[line.label]
     columns = min(columns, len(panels))
     rows = math.ceil(len(panels) / columns)
     ruler = pages.new(1, 1)
@@ -96,27 +101,25 @@ def draw(panels: Sequence[Panel], notes: Sequence[str], *, columns: int = 2) -> 
     longest = max((pages.text_size(ruler, text, NAME_SIZE)[0] / ruler.dpi for text in texts), default=0.5)
     names = LEADER + SWATCH / 2 + longest + 0.12
     count = max(sum(line.lit for line in panel.lines) for panel in panels)
-    titles = max(pages.text_size(ruler, f"{p.title}__", pages.TITLE)[0] / ruler.dpi for p in panels)
-    cell = max(LEFT + PLOT_WIDTH + names, LEFT + 1.12 * titles)  # bold is wider
-    rests = [pages.fit(panel.rest, cell - LEFT - 0.1) for panel in panels]
-    top = TOP + 0.14 * max(len(rest) for rest in rests)
+    cell = LEFT + PLOT_WIDTH + names + APART
+    headings = [pages.Heading.of(panel.title, panel.rest, cell - LEFT - APART) for panel in panels]
+    top = max(heading.height for heading in headings)
     height = max(PLOT_HEIGHT, ROW * (count + 1))
     lines = pages.note_lines(columns * cell, notes)
     foot = 0.12 + pages.LINE_HEIGHT * len(lines)
     size = columns * cell, foot + rows * (top + height + BOTTOM)
     figure = pages.new(*size)
-    looks = styles({line.mechanism for panel in panels for line in panel.lines})
     for index, panel in enumerate(panels):
         row, column = divmod(index, columns)
         left, bottom = column * cell + LEFT, foot + (rows - 1 - row) * (top + height + BOTTOM) + BOTTOM
         box = (left / size[0], bottom / size[1], PLOT_WIDTH / size[0], height / size[1])
-        _draw_panel(figure.add_axes(box), panel, rests[index], looks)
+        _draw_panel(figure.add_axes(box), panel, headings[index], looks)
     pages.write_notes(figure, lines)
     return figure
 
 
-def _draw_panel(axes: "Axes", panel: Panel, rest: list[str], looks: dict[str, Style]) -> None:
-    pages.heading(axes, panel.title, rest)
+def _draw_panel(axes: "Axes", panel: Panel, heading: pages.Heading, looks: dict[str, Style]) -> None:
+    pages.write_heading(axes, heading)
     axes.grid(True, which="major", color=GRID, linewidth=0.7)
     axes.set_axisbelow(True)
     axes.set_xlabel(panel.xlabel)
@@ -126,7 +129,7 @@ def _draw_panel(axes: "Axes", panel: Panel, rest: list[str], looks: dict[str, St
         if not line.lit:
             axes.plot(line.x, line.y, color=GREY, linewidth=0.7, zorder=1.5)
             if line.ended:
-                axes.plot(line.x[-1:], line.y[-1:], ENDS[line.ended], color=GREY, markersize=4, zorder=1.5)
+                axes.plot(line.x[-1:], line.y[-1:], FAILURE, color=GREY, markersize=4, zorder=1.5)
     for index, line in enumerate(lit):
         _draw_line(axes, line, looks[line.mechanism].variant(line.variant), index, panel.bars)
     panel.dress(axes)
@@ -158,7 +161,7 @@ def _draw_line(axes: "Axes", line: Line, style: Style, index: int, bars: bool) -
         )  # fmt: skip
     if line.ended:
         axes.plot(
-            line.x[-1:], line.y[-1:], ENDS[line.ended], markersize=9, markerfacecolor=style.colour,
+            line.x[-1:], line.y[-1:], FAILURE, markersize=9, markerfacecolor=style.colour,
             markeredgecolor="white", markeredgewidth=0.8, zorder=4,
         )  # fmt: skip
 

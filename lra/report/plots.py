@@ -10,18 +10,24 @@ from lra.report.figure import (
     FAINT,
     GRID,
     INK,
+    LINE_HEIGHT,
     NOTE,
+    Heading,
     NamedFigure,
     NoMaterial,
-    fit,
-    heading,
+    log_ticks,
     new,
+    note_lines,
+    short_labels,
+    some,
     text_size,
     tick,
+    write_heading,
+    write_notes,
 )
 from lra.report.groups import Group, Row
 from lra.report.labels import Box, Spot, place_labels
-from lra.report.style import Style, styles
+from lra.report.style import Style
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,9 +35,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PANELS = 4  # per figure
+ALONE, SIDE, CROWDED = (6.37, 3.1), (5.2, 3.1), (10.97, 6.4)  # width and height of a panel's axes, inches
+LEFT, RIGHT, BELOW = 0.68, 0.35, 0.62  # inches around a panel's axes
 CROWD = 20  # points past which a panel has a figure of its own, and smaller markers
 LARGEST, SMALLEST, UNKNOWN = 560.0, 12.0, 32.0  # drawn areas in square points
 LARGEST_IN_CROWD = 260.0
+BAR = 3.5  # half the width of an error bar with its caps and some air, in points
 LEVELS = {"identity": (0, (5, 3)), "majority class": (0, (1, 2))}  # line styles
 SPEEDS = {"tokens_per_s": "tokens/s", "examples_per_s": "examples/s"}
 
@@ -50,10 +59,10 @@ class _Point:
 class _Panel:
     group: Group
     points: list[_Point]
-    left_out: list[str]
+    left_out: list[tuple[str, str]]  # label, reason
 
 
-def accuracy_speed(frame: "pd.DataFrame") -> list[NamedFigure]:
+def accuracy_speed(frame: "pd.DataFrame", looks: dict[str, Style]) -> list[NamedFigure]:
     """Accuracy against training speed, a panel per task, length and conditions, up to four in a figure.
 
     NoMaterial if no run has both an accuracy and a speed.
@@ -69,7 +78,6 @@ def accuracy_speed(frame: "pd.DataFrame") -> list[NamedFigure]:
             "nothing to plot: no run here has both a test accuracy and a speed; "
             "see `lra table` for what the runs gave, or make one: lra train task=listops model=linear"
         )
-    looks = styles({point.row.mechanism for panel in panels for point in panel.points})
     figures = []
     crowded = any(len(panel.points) > CROWD for panel in panels)
     step = 1 if crowded else PANELS
@@ -85,9 +93,8 @@ def _panel(group: Group, speed: str) -> _Panel:
     for row in group.rows:
         summary, at = row.summary, row.mean(speed)
         if summary.mean is None or not at:
-            left_out.append(
-                f"{row.label} ({row.state if not row.ok else 'no accuracy' if at else 'no speed'})"
-            )
+            reason = row.state if not row.ok else "no accuracy" if summary.mean is None else "no speed"
+            left_out.append((row.label, reason))
             continue
         arms = (summary.mean, summary.mean) if summary.low is None else (summary.low, summary.high)
         accuracy, low, high = (100 * value for value in (summary.mean, *arms))
@@ -98,28 +105,47 @@ def _panel(group: Group, speed: str) -> _Panel:
 def _draw(panels: list[_Panel], looks: dict[str, Style], speed: str, crowded: bool) -> "Figure":
     columns = min(len(panels), 2)
     rows = math.ceil(len(panels) / columns)
-    size = (12.0, 8.6) if crowded else (7.4, 5.2) if len(panels) == 1 else (12.0, 5.0 * rows)
-    figure = new(*size)
-    foot = 0.95 / size[1]  # an inch or so for the legend and the notes
-    grid = figure.add_gridspec(
-        rows,
-        columns,
-        left=0.68 / size[0],
-        right=1 - 0.35 / size[0],
-        bottom=foot + 0.5 / size[1],
-        top=1 - 0.72 / size[1],
-        wspace=0.16,
-        hspace=0.36,
+    width, height = CROWDED if crowded else ALONE if len(panels) == 1 else SIDE
+    cell = LEFT + width + RIGHT
+    headings = [_heading(panel, width + 0.1) for panel in panels]
+    labels = short_labels(
+        label
+        for panel in panels
+        for label in [*(point.row.label for point in panel.points), *(name for name, _ in panel.left_out)]
     )
+    notes = note_lines(columns * cell, _notes(panels, labels))
+    foot = 0.12 + LINE_HEIGHT * len(notes) + 0.62  # the legend stands above the notes
+    top = max(heading.height for heading in headings)
+    size = columns * cell, foot + rows * (top + height + BELOW)
+    figure = new(*size)
     memories = [point.memory for panel in panels for point in panel.points if point.memory]
     scale = (LARGEST_IN_CROWD if crowded else LARGEST) / max(memories, default=1.0)
-    all_axes = [figure.add_subplot(grid[i // columns, i % columns]) for i in range(len(panels))]
-    for axes, panel in zip(all_axes, panels, strict=True):
+    all_axes = []
+    for index, (panel, heading) in enumerate(zip(panels, headings, strict=True)):
+        row, column = divmod(index, columns)
+        left, bottom = column * cell + LEFT, foot + (rows - 1 - row) * (top + height + BELOW) + BELOW
+        axes = figure.add_axes((left / size[0], bottom / size[1], width / size[0], height / size[1]))
+        write_heading(axes, heading)
         _draw_panel(axes, panel, looks, scale, speed)
-    _legend(figure, panels, memories, scale)
+        all_axes.append(axes)
+    _legend(figure, panels, memories, scale, foot - 0.3)
+    write_notes(figure, notes)
     for axes, panel in zip(all_axes, panels, strict=True):
-        _label(axes, panel, looks, scale)
+        _label(axes, panel, looks, scale, labels)
     return figure
+
+
+def _heading(panel: _Panel, width: float) -> Heading:
+    title, *rest = panel.group.title()
+    return Heading.of(title, [part for part in rest if not part.startswith("majority")], width)
+
+
+def _notes(panels: list[_Panel], labels: dict[str, str]) -> list[str]:
+    bars = "Bars: 95 % interval over seeds and test set"
+    if any(point.row.summary.num_seeds == 1 for panel in panels for point in panel.points):
+        bars += " (one seed: test set only)"
+    left_out = [f"{labels[label]} ({reason})" for panel in panels for label, reason in panel.left_out]
+    return [f"{bars}.", *([f"Not drawn: {some(left_out)}."] if left_out else [])]
 
 
 def _area(point: _Point, scale: float) -> float:
@@ -145,11 +171,8 @@ def _marker(style: Style, area: float) -> tuple[float, float, float]:
 
 def _draw_panel(axes: "Axes", panel: _Panel, looks: dict[str, Style], scale: float, speed: str) -> None:
     from matplotlib.colors import to_rgba
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
-    title, *rest = panel.group.title()
-    rest = [part for part in rest if not part.startswith("majority")]
-    heading(axes, title, fit(rest, 0.93 * axes.get_position().width * axes.figure.get_size_inches()[0] + 0.2))
     axes.set_xscale("log")
     axes.grid(True, which="major", color=GRID, linewidth=0.7)
     axes.set_axisbelow(True)
@@ -171,7 +194,7 @@ def _draw_panel(axes: "Axes", panel: _Panel, looks: dict[str, Style], scale: flo
         axes.errorbar(
             point.speed, point.accuracy, arms, color=style.colour, elinewidth=1, capsize=2.5, zorder=layer
         )
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if span < 2.2 else (1.0,)))
+    axes.xaxis.set_major_locator(FixedLocator(log_ticks(*axes.get_xlim())))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(f"training speed, {speed} (log scale)")
@@ -196,7 +219,9 @@ def _levels(panel: _Panel) -> list[tuple[float, str]]:
     return found + ([(100 * majority, "majority class")] if majority is not None else [])
 
 
-def _label(axes: "Axes", panel: _Panel, looks: dict[str, Style], scale: float) -> None:
+def _label(
+    axes: "Axes", panel: _Panel, looks: dict[str, Style], scale: float, labels: dict[str, str]
+) -> None:
     """Names the points and the levels so that no text covers a marker or another text."""
     figure = axes.figure
     renderer = figure.canvas.get_renderer()
@@ -210,15 +235,23 @@ def _label(axes: "Axes", panel: _Panel, looks: dict[str, Style], scale: float) -
         half_width, half_height = (size * per_point for size in sizes)
         _, low = axes.transData.transform((point.speed, point.accuracy - point.below))
         _, high = axes.transData.transform((point.speed, point.accuracy + point.above))
-        obstacles += [Box.around(x, y, 2 * half_width, 2 * half_height), Box(x - 3, low, x + 3, high)]
-        spots.append(Spot(x, y, max(half_width, half_height), *text_size(figure, point.row.label, 8.5)))
+        bar = Box(x - BAR * per_point, low - per_point, x + BAR * per_point, high + per_point)
+        obstacles += [Box.around(x, y, 2 * half_width, 2 * half_height), bar]
+        spots.append(
+            Spot(x, y, max(half_width, half_height), *text_size(figure, labels[point.row.label], 8.5))
+        )
     obstacles += _label_levels(axes, panel, frame, obstacles, renderer)
     places = place_labels(spots, obstacles, frame, gap=2.5 * per_point)
     invert = axes.transData.inverted().transform
     plate = {"facecolor": "white", "alpha": 0.65, "edgecolor": "none", "pad": 0.3}
     for point, spot, place in zip(panel.points, spots, places, strict=True):
         text = axes.text(
-            *invert((place.x, place.y)), point.row.label, fontsize=8.5, color=INK, ha="center", zorder=5
+            *invert((place.x, place.y)),
+            labels[point.row.label],
+            fontsize=8.5,
+            color=INK,
+            ha="center",
+            zorder=5,
         )
         text.set(va="center", bbox=plate)
         if place.distance > 7 * per_point or place.doubtful:
@@ -253,8 +286,10 @@ def _label_levels(axes: "Axes", panel: _Panel, frame: Box, markers: list[Box], r
     return taken
 
 
-def _legend(figure: "Figure", panels: list[_Panel], memories: list[float], scale: float) -> None:
-    """Below the panels: what a marker's area means, what the bars cover, what could not be drawn."""
+def _legend(
+    figure: "Figure", panels: list[_Panel], memories: list[float], scale: float, middle: float
+) -> None:
+    """What a marker's area means, in a line `middle` inches above the foot of the figure."""
     from matplotlib.lines import Line2D
 
     handles, labels = [], []
@@ -267,23 +302,17 @@ def _legend(figure: "Figure", panels: list[_Panel], memories: list[float], scale
     if any(point.memory is None for panel in panels for point in panel.points):
         handles.append(Line2D([], [], marker="o", linestyle="", markersize=6.3, mfc="white", mec="#707070"))
         labels.append("memory not known")
-    height = figure.get_size_inches()[1]
+    width, height = figure.get_size_inches()
     if handles:
-        figure.text(0.02, 0.56 / height, "marker area: peak memory", fontsize=8, color=INK, va="center")
-        left = 0.02 + 1.65 / figure.get_size_inches()[0]
+        figure.text(
+            0.15 / width, middle / height, "marker area: peak memory", fontsize=8, color=INK, va="center"
+        )
+        left = 1.8 / width
         figure.legend(
-            handles, labels, loc="center left", bbox_to_anchor=(left, 0.56 / height), ncols=len(labels),
+            handles, labels, loc="center left", bbox_to_anchor=(left, middle / height), ncols=len(labels),
             frameon=False, fontsize=8, handlelength=4, handletextpad=0.3, columnspacing=1.6,
             borderaxespad=0,
         )  # fmt: skip
-    bars = "bars: 95 % interval over seeds and test set"
-    if any(point.row.summary.num_seeds == 1 for panel in panels for point in panel.points):
-        bars += " (one seed: test set only)"
-    left_out = [name for panel in panels for name in panel.left_out]
-    notes = bars + (f";  not drawn: {', '.join(dict.fromkeys(left_out))}" if left_out else "")
-    limit = int(figure.get_size_inches()[0] * 19)
-    notes = notes if len(notes) <= limit else notes[: limit - 3] + "..."
-    figure.text(0.02, 0.16 / height, notes, fontsize=8, color=NOTE, va="center")
 
 
 def _round_sizes(memories: list[float]) -> list[float]:

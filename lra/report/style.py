@@ -14,7 +14,8 @@ COLOURS = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9",
     "#E69F00", "#882255", "#332288", "#000000", "#707070",
 )  # fmt: skip
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
+MARKERS = ("o", "s", "^", "D", "v", "P", "<", "p")
+FAILURE = "X"  # the sign of what could not be run; no mechanism has it
 DASHES = ("", (5, 2), (1.2, 1.2), (6, 1.5, 1.2, 1.5), (9, 2), (3, 1.2))  # in line widths
 
 # A name's place decides its look: append, never insert. Ten names in a row, two lines here, differ in colour.
@@ -70,25 +71,26 @@ class Style:
 
 
 def styles(names: Iterable[str]) -> dict[str, Style]:
-    """The look of each name; names that are not known get one of the free looks by the hash of the name.
+    """The look of each name; an unknown one gets, by its hash, one of the looks that no known one has.
 
-    Two unknown names whose hashes meet are told apart in alphabetical order, so the answer depends on the
-    set of names and not on their order. Past 80 names, looks repeat.
+    Two unknown names whose hashes meet are told apart in alphabetical order: figures that are read together
+    have to ask once for the names of all. Where the free looks run out, unknown names take those of known
+    ones that are absent; past 80 names, looks repeat.
     """
     names = set(names)
     places = {name: KNOWN.index(name) for name in names if name in KNOWN}
     count = len(COLOURS) * len(MARKERS)
-    taken = set(range(len(KNOWN)))
     for name in sorted(names - set(places)):
-        if len(taken) == count:
-            taken = set(places.values())
-        if len(taken) == count:
-            taken = set()
-        place = int(hashlib.sha256(name.encode()).hexdigest(), 16) % count
-        while place in taken:
-            place = (place + 1) % count
-        places[name] = place
-        taken.add(place)
+        taken = set(places.values())
+        choices = [range(len(KNOWN), count), range(count)]
+        free = next((choice for choice in choices if not taken.issuperset(choice)), None)
+        offset = int(hashlib.sha256(name.encode()).hexdigest(), 16)
+        if free is None:
+            places[name] = offset % count
+            continue
+        while free[offset % len(free)] in taken:
+            offset += 1
+        places[name] = free[offset % len(free)]
     return {name: _look(place) for name, place in places.items()}
 
 

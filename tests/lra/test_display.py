@@ -112,6 +112,32 @@ def test_the_time_left_is_what_runs_of_the_same_cell_took(now):
     assert view.board.left_s() == (30 + 10 + 100 + 10) / 2  # two at once
 
 
+def test_a_sweep_lasts_at_least_as_long_as_its_slowest_run(now):
+    jobs = jobs_of(["softmax"], seeds=3)
+    view = shown(jobs)
+    start(view, jobs[0])
+    end(view, jobs[0])
+    for job in jobs[1:]:
+        start(view, job)
+        progress(view, job, 10, loss=1.0)
+    now["s"] += 10
+    progress(view, jobs[1], 20, loss=1.0)
+    progress(view, jobs[2], 90, loss=1.0)
+    assert view.board.left_s() == 80.0  # not the mean of 80 s and 1.25 s
+
+
+@pytest.mark.parametrize("height", range(8, 16))
+def test_the_rows_of_cells_stand_only_where_all_have_room(now, height):
+    jobs = jobs_of(["softmax", "linear", "local", "hyena"], seeds=1)
+    view = shown(jobs, height=height)
+    for job in jobs[:2]:
+        start(view, job)
+    lines = table(view)
+    rows = [line for line in lines if line.split()[0:1] in (["local"], ["hyena"])]
+    # its own line, a line for the cursor, running: two and a head, cells: four, a head, and a line between
+    assert len(lines) < height and (len(rows) == 2 and " 2000 " in rows[0]) == (height >= 2 + 3 + 6)
+
+
 def test_a_run_that_fails_at_once_counts_with_the_seconds_it_took(now):
     jobs = jobs_of(["softmax"], seeds=4)
     view = shown(jobs)

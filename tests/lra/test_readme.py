@@ -219,6 +219,28 @@ def test_the_ladder_of_a_step_is_what_was_measured():
     assert f"ListOps is {here['plain'] / here['packed']:.1f} times as fast" in README
 
 
+def test_the_costs_by_length_are_what_was_measured():
+    section = README[README.index("## Measure cost") : README.index("## How a step is made fast")]
+    shown = re.findall(r"^\| `([^`]+)` \| (.*) \|$", section, re.MULTILINE)
+    made = (ROOT / "results" / "measure" / "lengths.md").read_text().split("### ")
+    parts = {part.split(" · ", 1)[0]: part for part in made}
+    titles = ["Cheaper than fused softmax from", "Growth with length", "Step time (ms) by length, train"]
+    crossing, growth, times = (
+        {
+            line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:]
+            for line in parts[t].splitlines()
+        }
+        for t in titles
+    )
+    assert len(shown) == 11
+    for name, numbers in shown:
+        train, infer, exponent, milliseconds = (cell.strip() for cell in numbers.split(" | "))
+        crossings = crossing.get(name, ["", "", ""])
+        assert [train, infer] == [crossings[0], crossings[2]]
+        assert exponent == growth[name][0]
+        assert milliseconds.split(", ") == [cell.strip() for cell in times[name]]
+
+
 def test_other_commands_name_scripts_that_exist_and_runs_that_compose():
     others = [line for line in LINES if line.startswith(("python ", "torchrun "))]
     for line in others:

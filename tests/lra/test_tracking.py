@@ -75,12 +75,15 @@ def rows_of(found):
 
 
 def test_an_offline_run_holds_the_config_the_metrics_and_the_record(wandb, tiny, tmp_path):
-    config = compose(tiny(*OFFLINE, "tracker.project=mine", "tracker.tags=[a,b]"))
+    config = compose(
+        tiny(*OFFLINE, "tracker.project=mine", "tracker.tags=[a,b]", "tracker.entity=us", "tracker.notes=why")
+    )
     record = run.execute(config, sweep="sweep-1", command="lra train ...")
     found = wandb_files.read(folder_of(record))
     made = found["run"]
     assert (made.display_name, made.run_group, made.job_type) == (record.run_id, "sweep-1", "train")
     assert (made.project, list(made.tags)) == ("mine", ["a", "b"])
+    assert (made.entity, made.notes) == ("us", "why")
     saved = yaml.safe_load((folder_of(record) / "config.yaml").read_text())
     assert {key: found["config"][key] for key in saved} == saved
     assert found["config"]["config_hash"] == record.config_hash
@@ -107,7 +110,7 @@ def test_a_resumed_run_goes_on_under_its_id_and_a_forced_one_is_another(wandb, t
         run.execute(config, progress=stop)
     (folder,) = records.runs_root().glob("listops-*")
     before = wandb_files.read(folder)
-    assert (before["summary"]["status"], before["exit"]) == ("interrupted", tracking.INTERRUPTED)
+    assert (before["summary"]["status"], before["exit"]) == ("interrupted", 255)
     (folder / "wandb").rename(folder / "before")
     record = run.execute(config)
     after = wandb_files.read(folder)
@@ -124,7 +127,7 @@ def test_a_run_that_did_not_succeed_ends_so(wandb, tmp_path):
         tracker.end(replace(record, status="oom", reason="CUDA out of memory"))
     found = wandb_files.read(tmp_path)
     assert (found["summary"]["status"], found["summary"]["reason"]) == ("oom", "CUDA out of memory")
-    assert found["exit"] == tracking.FAILED
+    assert found["exit"] == 1
 
 
 def test_a_disabled_tracker_leaves_no_files(wandb, tmp_path):
@@ -231,6 +234,15 @@ def test_online_with_an_account_is_let_through_and_wrong_credentials_are_told(wa
     tracking._no_account.cache_clear()
     with pytest.raises(UserError, match="40 characters; run `wandb login`"):
         tracking.check(online)
+
+
+def test_a_package_that_cannot_be_imported_is_told_with_its_error(tiny, tmp_path, monkeypatch):
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "__init__.py").write_text("raise TypeError('Descriptors cannot be created')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with pytest.raises(UserError, match=r"cannot be imported \(TypeError: Descriptors.*force-reinstall"):
+        sweep.train(tiny("tracker=wandb"))
 
 
 @pytest.mark.parametrize("there", [None, types.ModuleType("wandb")], ids=["nothing", "a folder of that name"])

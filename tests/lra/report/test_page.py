@@ -13,7 +13,8 @@ from lra import records
 from lra.cli import main
 from lra.errors import UserError
 from lra.report import tables
-from lra.report.page import page
+from lra.report.cells import Table
+from lra.report.page import _box, _cautions, _which, page
 from lra.report.page_cli import report_main
 
 VOID = {"meta", "input", "br", "img", "link", "hr"}
@@ -146,11 +147,63 @@ def test_the_verb_writes_a_page_with_figures_and_names_it(few, tmp_path, capsys)
     ("arguments", "message"),
     [
         (["nowhere"], "no runs at 'nowhere'"),
-        (["runs", "-o", "no/such/folder/r.html"], "cannot write.*existing folder"),
+        (["nowhere", "-o", "no/such/folder/r.html"], "there is no folder 'no/such/folder'"),
+        (["nowhere", "-o", "r.png"], "'r.png': the page is HTML.*html or .htm"),
+        (["nowhere", "-o", "runs.html"], "it is a folder"),
+        (["nowhere", "-o", "/proc/r.html"], "no file can be made in '/proc'"),
         (["runs", "--format", "md"], "unrecognized arguments: --format.*lra report --help"),
     ],
 )
 def test_bad_arguments_are_user_errors(few, monkeypatch, arguments, message):
     monkeypatch.chdir(few.parent)
+    (few.parent / "runs.html").mkdir()
     with pytest.raises(UserError, match=message):
         report_main(arguments)
+
+
+def test_the_table_of_runs_tells_accuracy_in_percent(few):
+    assert "<td>30.0</td>" in page(records.load(few), figures=[])
+
+
+def test_warnings_are_text_and_those_of_one_kind_about_one_table_are_one_item():
+    heavier = [f"train at {n}: more than 10 % more parameters than <i>" for n in (1, 2)]
+    tables_made = [
+        Table(("a",), (), [], warnings=[*heavier, "<b>x"]),
+        Table(("b",), (), [], warnings=["<b>x"]),
+    ]
+    text = _cautions(tables_made, ["table-1", "table-2"], [], [])
+    assert "<b>" not in text and "<i>" not in text
+    assert text.count("than &lt;i&gt;") == 2 and "more than 10 % more parameters: 2 warnings" in text
+    both = '(tables <a href="#table-1">1</a>, <a href="#table-2">2</a>)'
+    assert f"&lt;b&gt;x <span>{both}</span>" in text and text.count("<details>") == 1
+
+
+def test_five_warnings_stand_open_and_the_others_open_on_demand():
+    seen, folded = _box("t", [f"item {n}" for n in range(7)]).split("<details>")
+    assert (seen.count("<li>"), folded.count("<li>")) == (5, 2) and "<summary>2 more</summary>" in folded
+    assert "<details>" not in _box("t", ["item"] * 5)
+
+
+def test_figures_of_one_title_are_told_apart_by_task_then_by_number():
+    from lra.report.figure import NamedFigure, new
+
+    def figure(title, *heads):
+        drawn = new(1, 1)
+        for head in heads:
+            drawn.add_subplot().set_title(head, loc="left")
+        return NamedFigure("speed", title, drawn)
+
+    shared = [figure("Speed", head) for head in ("Text, 4,096", "ListOps", "Text, 1,024")]
+    assert _which([*shared, figure("Heat", "Image")]) == [
+        ", Text (1 of 2)",
+        ", ListOps",
+        ", Text (2 of 2)",
+        "",
+    ]
+
+
+def test_contents_count_in_the_singular_and_plural(few):
+    made = page(records.load(few), figures=[])
+    (count,) = re.findall(r"<summary>(\d+ tables?)</summary>", made)
+    number = made.count('<div id="table-')
+    assert count == f"{number} table{'s' * (number != 1)}"

@@ -141,6 +141,24 @@ def test_numbers_are_read_as_tables_write_them(shown):
     assert shown.run("['oom', '–', '-', ''].map((text) => keyOf(text).rank)") == [1, 2, 2, 2]
 
 
+def test_a_column_sorts_by_number_where_at_least_half_of_what_is_known_are_numbers(shown):
+    columns = [["1", "2", "oom", "x"], ["1", "oom", "x"], ["3", "oom", "–", "–", "–"]]
+    ranks = shown.run(
+        f"{json.dumps(columns)}.map((texts) => {{ const body = document.createElement('tbody');"
+        " for (const text of texts) body.insertRow().insertCell().textContent = text;"
+        " return keysOf([...body.rows], 0, false).map((key) => key.rank); })"
+    )
+    assert ranks == [[0, 0, 1, 1], [1, 1, 1], [0, 1, 2, 2, 2]]
+
+
+def test_an_address_that_cannot_be_read_breaks_nothing(shown, report, frame):
+    shown.open(report, "#100%")
+    shown.click(f'table.runs a[href="#{run_id(frame, "hyena")}"]')
+    shown.click("details[open] button.copy")  # what the script does last
+    shown.run("new Promise((done) => setTimeout(done, 20))")
+    assert shown.run("document.querySelector('details[open] button.copy').textContent") != "Copy"
+
+
 def test_letters_of_ties_are_no_part_of_a_number(shown):
     first = "document.querySelector('#table-1 tbody sup').parentNode"
     assert shown.run(f"textOf({first})") + shown.run(

@@ -4,7 +4,7 @@ import pytest
 
 from lra.config import compose
 from lra.records import Record
-from lra.report.page_command import repeat
+from lra.report.page_command import _fits, repeat
 
 
 def run(command: str | None, kind: str = "train", **fields) -> dict:
@@ -35,6 +35,16 @@ def run(command: str | None, kind: str = "train", **fields) -> dict:
             "lra train -m task=listops model=linear seed=1,2",
             {"num_devices": 2},
             "torchrun --nproc-per-node 2 -m lra train task=listops model=linear seed=1",
+        ),
+        (
+            "lra train -m task=listops model=linear paper=none,nystromformer2021",
+            {},
+            "lra train task=listops model=linear paper=none",
+        ),
+        (
+            "lra train -m task=listops model=linear paper=none,nystromformer2021",
+            {"paper": "nystromformer2021"},
+            "lra train task=listops model=linear paper=nystromformer2021",
         ),
     ],
 )
@@ -96,3 +106,8 @@ def test_what_cannot_be_told_is_given_whole_and_says_so(command):
 
 def test_no_command_is_made_up():
     assert repeat(run(None)) == repeat(run("lra")) == ("", "")
+
+
+def test_a_key_that_the_record_does_not_tell_speaks_against_no_run():
+    assert _fits({"tokens": "1024"}, {"model": "linear"}, {"tokens"})
+    assert not _fits({"tokens": "1024", "seed": "1"}, {"model": "linear", "seed": 2}, {"tokens", "seed"})

@@ -1,5 +1,6 @@
 """The figures of lines and the heat map show what the records hold, and every text of them can be read."""
 
+import itertools
 import json
 import math
 import re
@@ -113,6 +114,97 @@ def test_long_conditions_break_the_line_over_a_panel_of_speed(tmp_path):
     assert left.x1 <= right.x0
 
 
+SCALED = ", ".join(f"num_{split}={size}" for split, size in (("train", 300), ("val", 200), ("test", 250)))
+VARIANT = f"listops-{{}} (scaled, not the LRA setting, {SCALED}, max_depth=7, max_args=4, data_seed=12)"
+
+
+@pytest.mark.parametrize("kind", ["speed", "lengths"])
+def test_a_long_title_is_broken_over_its_panel_and_makes_no_figure_wider(tmp_path, kind):
+    sizes = []
+    for variant in ("listops-{}", VARIANT):
+        for length in (500, 600):
+            by_length = {name: {"accuracy": 0.3, "num": 400} for name in BUCKETS}
+            write_run(
+                tmp_path, "linear", 0, 0.3, length=length, tokens_per_s=1e6, accuracy_by_length=by_length,
+                data_variant=variant.format(length), config_hash=variant[:9] + str(len(variant)), kept=False,
+            )  # fmt: skip
+        frame = records.load(tmp_path)
+        chosen = frame[frame["data_variant"].str.len().gt(20) == (variant is VARIANT)].reset_index(drop=True)
+        (drawn,) = figures.draw(kind, chosen)
+        sizes.append(drawn.figure.get_size_inches())
+    assert sizes[0][0] == sizes[1][0] and sizes[0][1] < sizes[1][1]
+    placed = texts(drawn.figure)
+    titles = [box for text, box in placed if text.startswith("ListOps (")]
+    assert len(titles) == 2 and not any(covered(*pair) for pair in itertools.combinations(titles, 2))
+    assert all(box.y1 <= sizes[1][1] * drawn.figure.dpi for box in titles)
+    beside = [box for text, box in placed if text == "test accuracy, %"]
+    assert max(box.x0 for box in beside) > min(titles, key=lambda box: box.x0).x1
+
+
+def test_long_names_push_no_text_of_the_heat_map_off_the_page(tmp_path):
+    write_run(tmp_path, "a_name_of_some_forty_characters_in_length", 0, 0.3, kept=False)
+    (drawn,) = figures.draw("heat", records.load(tmp_path))
+    width = drawn.figure.get_size_inches()[0] * drawn.figure.dpi
+    assert all(box.x0 >= 0 and box.x1 <= width for _, box in texts(drawn.figure))
+
+
+def test_a_word_longer_than_a_line_is_broken_within():
+    assert pages.fit(["x" * 100], 2) != ["x" * 100] and "".join(pages.fit(["x" * 100], 2)) == "x" * 100
+
+
+@pytest.mark.parametrize("name", ["a$x$b", "a$\\foo{$"])
+def test_a_name_with_dollars_is_written_as_it_is(tmp_path, name):
+    write_run(tmp_path / "runs", name, 0, 0.3, tokens_per_s=1e6, kept=False)
+    for length in (1024, 4096):
+        write_measure(tmp_path / "runs", name, "train", length, 5.0, config_hash=f"c{length}")
+    frame = records.load(tmp_path / "runs")
+    for kind in ("speed", "cost", "heat"):
+        figures.write(kind, frame, tmp_path / f"{kind}.svg")
+        (drawn,) = figures.draw(kind, frame)
+        assert any(text.startswith(name) for text, _ in texts(drawn.figure))
+
+
+def test_a_name_has_the_same_look_in_every_figure_whatever_else_they_show(tmp_path):
+    names = [f"own_{index}" for index in range(12)]
+    for name in names:
+        write_run(tmp_path, name, 0, 0.3, tokens_per_s=1e6, kept=False)
+    looks = style.styles(names)
+    moved = next(name for name in names if style.styles([name])[name] != looks[name])  # by another's hash
+    for length in (1024, 4096):
+        write_measure(tmp_path, moved, "train", length, 5.0, config_hash=f"c{length}")
+    frame, look = records.load(tmp_path), looks[moved]
+    (drawn,) = figures.draw("cost", frame)
+    assert drawn.figure.axes[0].lines[0].get_color() == look.colour
+    assert drawn.figure.axes[0].lines[0].get_marker() == look.marker
+
+
+def test_no_mechanism_has_the_sign_of_a_failure():
+    assert style.FAILURE not in style.MARKERS
+
+
+def test_short_labels_leave_out_only_what_is_told_otherwise():
+    labels = {
+        "linear (batch_size=32, num_params=70794) [97352f]": "linear (batch_size=32)",
+        "linear (batch_size=8, num_params=70794) [cffcd8]": "linear (batch_size=8) [cffcd8]",
+        "linear (batch_size=8, num_params=70794) [be32ab]": "linear (batch_size=8) [be32ab]",
+        "performer (num_params=5)": "performer (num_params=5)",
+        "performer (num_params=6)": "performer (num_params=6)",
+        "luna (num_params=5)": "luna",
+        "y" * 70: "y" * 28 + "…" + "y" * 15,
+        "x" * 70: "x" * 70,
+        "x" * 80: "x" * 80,
+    }
+    assert pages.short_labels(labels) == labels
+
+
+def test_ticks_of_a_log_axis_are_round_at_least_three_and_apart():
+    assert pages.log_ticks(2.1e-4, 8.4e-4) == pytest.approx([3e-4, 5e-4, 7e-4])
+    assert pages.log_ticks(30, 5e4) == [100, 1000, 10000]
+    assert pages.log_ticks(8e4, 6e5) == pytest.approx([1e5, 2e5, 5e5])
+    assert len(pages.log_ticks(4.1, 4.1 * 1.69)) >= 3
+    assert [pages.tick(value) for value in (1e12, 7e11, 1500, 0.2)] == ["1T", "700G", "1.5k", "0.2"]
+
+
 def test_equal_records_give_equal_files(few, tmp_path):
     for kind, suffix in (("cost", ".svg"), ("curves", ".svg"), ("heat", ".png"), ("heat", ".pdf")):
         targets = [tmp_path / f"{kind}{i}{suffix}" for i in (1, 2)]
@@ -210,10 +302,25 @@ def test_curves_are_means_with_bands_over_the_steps_that_all_seeds_reached(tmp_p
     assert (band.y0, band.y1) == (1.0, 3.0)
 
 
+def test_curves_leave_out_what_has_one_point_and_say_so(tmp_path):
+    for model, seed, steps in (("linear", 0, (10, 20)), ("linear", 1, (10,)), ("softmax", 0, (10,))):
+        folder = write_run(tmp_path, model, seed, 0.3, kept=False)
+        text = "".join(json.dumps({"step": s, "loss": s / 10}) + "\n" for s in steps)
+        (folder / "metrics.jsonl").write_text(text)
+    frame = records.load(tmp_path)
+    (drawn,) = figures.draw("curves", frame)
+    assert "linear" in written(drawn.figure.axes[0]) and "softmax" not in written(drawn.figure.axes[0])
+    np.testing.assert_allclose(drawn.figure.axes[0].lines[0].get_xdata(), [10, 20])
+    notes = [text for text, _ in texts(drawn.figure)]
+    assert "Not drawn, a single point each: training loss of linear, training loss of softmax." in notes
+    with pytest.raises(pages.NoMaterial, match="a single point, and a curve takes two"):
+        figures.draw("curves", frame[frame["model"] == "softmax"].reset_index(drop=True))
+
+
 def test_curves_of_a_mechanism_that_never_ended_well_carry_its_status(tmp_path):
     write_failure(tmp_path, "reformer", 0, "diverged", "loss is nan", **CONDITIONS_KNOWN)
     log = next(tmp_path.iterdir()) / "metrics.jsonl"
-    log.write_text('{"step": 5, "loss": 2.0}\n{"step": 10, "loss": NaN}\n')
+    log.write_text('{"step": 5, "loss": 2.0}\n{"step": 8, "loss": 2.5}\n{"step": 10, "loss": NaN}\n')
     (drawn,) = figures.draw("curves", records.load(tmp_path))
     assert "reformer  diverged" in written(drawn.figure.axes[0])
 
