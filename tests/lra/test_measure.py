@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from measure_samples import OUT_OF_MEMORY, SMALL, made_up
 from rich.console import Console
 
@@ -151,8 +152,9 @@ def test_planning_takes_none_of_the_time_limit(monkeypatch):
 def test_a_killed_sweep_goes_on_with_the_cell_it_died_in(monkeypatch):
     arguments = ["model=linear,softmax", "length=32", "batch_size=2", *SMALL]
     script = (
-        "import os, signal\n"
+        "import os, signal, torch\n"
         "from lra import measure, measuring\n"
+        f"torch.set_num_threads({torch.get_num_threads()})\n"  # they are part of the device's name
         "warm, cells = measuring._warm, []\n"
         "def deadly(bench, device):\n"
         "    cells.append(1)\n"
